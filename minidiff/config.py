@@ -1,0 +1,116 @@
+"""config.json <-> constructor arguments, without torch.
+
+An object's config holds every constructor argument, defaults included, and remembers which of them were left at
+their default: only explicitly set values travel to another class (`from_config`). Models accept the keys that we do
+not implement only with the one value that means "off"; any other value is refused by name.
+"""
+
+import functools
+import inspect
+import json
+import os
+from pathlib import Path
+
+DEFAULTED = "_use_default_values"  # diffusers' key for the names of arguments left at their default
+DIFFUSERS_VERSION = "0.42.0"  # the format that save_config writes
+
+
+class Config(dict):
+    """A read-only dict of constructor arguments whose keys are attributes too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this config has no key {name!r}; its keys are {', '.join(self)}") from None
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError("a config is read-only: build another object with X.from_config(config, key=value)")
+
+    __setattr__ = __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self):  # the default way to copy and unpickle a dict sets items one by one
+        return Config, (dict(self),)
+
+
+class Configured:
+    """Base of everything with a config: records the constructor's arguments, reads and writes them as JSON."""
+
+    config_name = "config.json"
+    fixed_options: dict = {}  # keys of published configs that we know with one value only: {key: that value}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)
+
+    @classmethod
+    def from_config(cls, config, **overrides):
+        """An object from a dict or another object's .config; overrides count as explicitly set.
+
+        Keys left at their default in the source take this class's own default. Keys that this class does not know are
+        carried along in .config, so that A -> B -> A gives A's values back; models refuse them instead.
+        """
+        if not isinstance(config, dict):
+            raise TypeError(f"{cls.__name__}.from_config needs a dict or a .config, not {type(config).__name__}")
+        defaulted = config.get(DEFAULTED, ())
+        explicit = {k: v for k, v in config.items() if k not in defaulted and k != DEFAULTED} | overrides
+        known = set(inspect.signature(cls.__init__).parameters) | set(cls.fixed_options)
+        foreign = {k: v for k, v in explicit.items() if k not in known}
+        cls._check_foreign(foreign)
+        made = cls(**{k: v for k, v in explicit.items() if k in known})
+        carried = {k: v for k, v in foreign.items() if k not in ("_class_name", "_diffusers_version")}
+        made._set_config(Config(made.config | carried))
+        return made
+
+    @classmethod
+    def _check_foreign(cls, foreign):
+        """Raises for keys that the class can't carry along; schedulers carry all of them."""
+
+    def _set_config(self, config):
+        object.__setattr__(self, "config", config)  # before nn.Module.__init__ ran, too
+
+    def save_config(self, save_directory):
+        """Writes save_directory/config_name, which diffusers reads too; the file is complete or absent."""
+        values = {k: v for k, v in self.config.items() if k != DEFAULTED}
+        head = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
+        write_json(Path(save_directory) / self.config_name, head | values)
+
+
+def write_json(path, values):
+    """Writes values to path through a temporary file, so that an interruption leaves nothing half-written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _jsonable(value):
+    """NumPy arrays and scalars as lists and numbers; paths as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _recording(init):
+    """init that first stores its arguments, defaults included, as self.config."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        fixed = self.fixed_options
+        given_fixed = {k: kwargs.pop(k) for k in list(kwargs) if k in fixed and k not in signature.parameters}
+        for key, value in given_fixed.items():
+            if value != fixed[key]:
+                raise ValueError(f"{type(self).__name__}: {key}={value!r} is not implemented; minidiff knows only "
+                                 f"{key}={fixed[key]!r}")
+        bound = signature.bind(self, *args, **kwargs)
+        explicit = set(bound.arguments) | set(given_fixed)
+        bound.apply_defaults()
+        values = fixed | {k: v for k, v in bound.arguments.items() if k != "self"}
+        self._set_config(Config(values | {DEFAULTED: sorted(set(values) - explicit)}))
+        init(self, *args, **kwargs)
+
+    return wrapped
