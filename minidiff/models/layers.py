@@ -1,0 +1,279 @@
+"""The layers that the models share: group norm, attention, residual blocks, resampling, the timestep embedding.
+
+Attributes are named as the tensors in published checkpoints. Read `ResnetBlock2D` and `Attention` first; a level of a
+U-Net (`DownBlock2D`, `UpBlock2D`) is a row of them. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B),
+attention (Vaswani et al. 2017, arXiv 1706.03762), scale and shift by time (Dhariwal & Nichol 2021, arXiv 2105.05233).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minidiff import ops
+
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+
+
+class Output(dict):
+    """What a model returns: a dict whose values are attributes and positions too (out.sample, out["sample"], out[0])."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this output has no {name!r}; it has {', '.join(self)}") from None
+
+    def __getitem__(self, key):
+        return self.to_tuple()[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+
+class GroupNorm(nn.Module):
+    """Group norm over (B, C, H, W), followed by an activation if act_fn names one."""
+
+    op = "group_norm"
+
+    def __init__(self, num_groups, channels, eps, act_fn=None):
+        super().__init__()
+        if channels % num_groups:
+            raise ValueError(f"group_norm: {channels} channels can't be split into {num_groups} groups; "
+                             "norm_num_groups must divide the channels")  # fmt: skip
+        self.num_groups, self.eps, self.backend = num_groups, eps, "torch"
+        self.silu = act_fn in ("silu", "swish")  # kernels fuse it
+        self.act = None if self.silu else activation(act_fn)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        y = ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu, self.backend)
+        return y if self.act is None else self.act(y)
+
+
+def activation(name):
+    """The function called name in a config's act_fn; None for None."""
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f"act_fn={name!r} is not implemented; minidiff knows {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.get(name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention if encoder_hidden_states is None.
+
+    hidden_states (B, T, C), encoder_hidden_states (B, S, E), mask as in ops.attention -> (B, T, C)
+    """
+
+    op = "attention"
+
+    def __init__(self, channels, num_heads, encoder_channels=None, qkv_bias=False):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"attention: {channels} channels can't be split into {num_heads} heads")
+        self.num_heads, self.backend = num_heads, "torch"
+        source_channels = encoder_channels or channels
+        self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
+        self.to_k = nn.Linear(source_channels, channels, bias=qkv_bias)
+        self.to_v = nn.Linear(source_channels, channels, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list: checkpoints say to_out.0
+
+    def forward(self, hidden_states, encoder_hidden_states=None, mask=None):
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = self._heads(self.to_q(hidden_states))  # (B, heads, T, D)
+        k = self._heads(self.to_k(source))  # (B, heads, S, D)
+        v = self._heads(self.to_v(source))  # (B, heads, S, D)
+        out = ops.attention(q, k, v, mask, backend=self.backend)  # (B, heads, T, D)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class AttentionBlock(Attention):
+    """Self-attention between the pixels of an image, with its own norm and residual: (B, C, H, W) -> (B, C, H, W).
+
+    num_groups None: no norm. scale_factor divides the sum of input and result.
+    """
+
+    def __init__(self, channels, num_heads, num_groups, eps, scale_factor=1.0):
+        super().__init__(channels, num_heads, qkv_bias=True)
+        self.scale_factor = scale_factor
+        self.group_norm = None if num_groups is None else GroupNorm(num_groups, channels, eps)
+
+    def forward(self, x):
+        hidden_states = x if self.group_norm is None else self.group_norm(x)
+        hidden_states = super().forward(hidden_states.flatten(2).transpose(1, 2))  # (B, H*W, C)
+        hidden_states = hidden_states.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return (x + hidden_states) / self.scale_factor
+
+
+class ResnetBlock2D(nn.Module):
+    """Two 3 × 3 convolutions with norm and activation before each, around them a residual; time enters in between.
+
+    x (B, C_in, H, W), temb (B, temb_channels) or None -> (B, C_out, H, W). Time is added to the channels, or with
+    scale_shift scales and shifts them after the second norm. scale_factor divides the sum of input and result.
+    """
+
+    def __init__(self, in_channels, out_channels, *, temb_channels=None, groups, eps, act_fn="silu",
+                 scale_shift=False, scale_factor=1.0):  # fmt: skip
+        super().__init__()
+        self.act, self.scale_shift, self.scale_factor = activation(act_fn), scale_shift, scale_factor
+        self.norm1 = GroupNorm(groups, in_channels, eps, act_fn)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_channels is not None:
+            self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = GroupNorm(groups, out_channels, eps, None if scale_shift else act_fn)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, temb=None):
+        hidden_states = self.conv1(self.norm1(x))  # (B, C_out, H, W)
+        if temb is not None:
+            temb = self.time_emb_proj(self.act(temb))[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
+        if self.scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            hidden_states = self.act(self.norm2(hidden_states) * (1 + scale) + shift)
+        else:
+            hidden_states = self.norm2(hidden_states if temb is None else hidden_states + temb)
+        hidden_states = self.conv2(hidden_states)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return (x + hidden_states) / self.scale_factor
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width with a strided convolution: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    padding 1 pads all four sides; padding 0 only right and bottom, as DDPM's U-Net and every VAE do.
+    """
+
+    def __init__(self, channels, padding=1):
+        super().__init__()
+        self.one_sided = padding == 0
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+
+
+class Upsample2D(nn.Module):
+    """Repeats pixels, then convolves: (B, C, H, W) -> (B, C, 2H, 2W), or size (height, width) if given."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size=None):
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def timestep_embedding(timesteps, dim, flip_sin_to_cos, freq_shift):
+    """Sines and cosines of the timesteps at dim / 2 frequencies from 1 to 1/10000: (B,) -> (B, dim), float32.
+
+    Vaswani et al. 2017, section 3.5. flip_sin_to_cos puts the cosines first. The exponents run from 0 to
+    (half - 1) / (half - freq_shift): freq_shift 1 reaches 1/10000, 0 stops just before.
+    """
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(exponent / (half - freq_shift))
+    angles = timesteps[:, None].float() * frequencies  # (B, half)
+    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))  # an odd dim ends with a 0
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with an activation: (B, in_channels) -> (B, dim); condition (B, cond_proj_dim) is optional."""
+
+    def __init__(self, in_channels, dim, act_fn="silu", cond_proj_dim=None):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, dim)
+        self.cond_proj = None if cond_proj_dim is None else nn.Linear(cond_proj_dim, in_channels, bias=False)
+        self.act = activation(act_fn)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x, condition=None):
+        if condition is not None:
+            x = x + self.cond_proj(condition)
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class DownBlock2D(nn.Module):
+    """One level on the way down: resnets, each followed by its attention if there are any, then the downsampler.
+
+    hidden_states (B, C_in, H, W), temb (B, D); context: what the attentions take besides hidden_states.
+    -> hidden_states (B, C, H/2, W/2) and the skips: every intermediate result, for the level's mirror on the way up.
+    """
+
+    def __init__(self, resnets, attentions=(), downsampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+
+    def forward(self, hidden_states, temb=None, *context):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states, temb)
+            if self.attentions:
+                hidden_states = self.attentions[i](hidden_states, *context)
+            skips.append(hidden_states)
+        for downsample in self.downsamplers:  # none at the lowest level
+            hidden_states = downsample(hidden_states)
+            skips.append(hidden_states)
+        return hidden_states, skips
+
+
+class MidBlock2D(nn.Module):
+    """The lowest level: a resnet, then pairs of attention and resnet: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, resnets, attentions=()):
+        super().__init__()
+        self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(resnets)
+
+    def forward(self, hidden_states, temb=None, *context):
+        hidden_states = self.resnets[0](hidden_states, temb)
+        for i, resnet in enumerate(self.resnets[1:]):
+            if self.attentions:
+                hidden_states = self.attentions[i](hidden_states, *context)
+            hidden_states = resnet(hidden_states, temb)
+        return hidden_states
+
+
+class UpBlock2D(nn.Module):
+    """One level on the way up, DownBlock2D's mirror: every resnet also sees the newest of the skips.
+
+    hidden_states (B, C_in, H, W), temb (B, D); skips: a list, of which one entry per resnet is taken off the end.
+    -> (B, C, 2H, 2W), or the size of the next skip where H or W was odd on the way down.
+    """
+
+    def __init__(self, resnets, attentions=(), upsampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+
+    def forward(self, hidden_states, skips, temb, *context):
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(torch.cat([hidden_states, skips.pop()], dim=1), temb)
+            if self.attentions:
+                hidden_states = self.attentions[i](hidden_states, *context)
+        for upsample in self.upsamplers:  # none at the top level
+            hidden_states = upsample(hidden_states, skips[-1].shape[2:])
+        return hidden_states
+
+
+def check_levels(owner, block_out_channels, **block_types):
+    """Raises ValueError unless every list of block types has one known type per entry of block_out_channels.
+
+    block_types: argument name -> (its value, the types that owner implements).
+    """
+    for name, (types, known) in block_types.items():
+        if len(types) != len(block_out_channels):
+            raise ValueError(f"{owner}: {name} has {len(types)} entries, block_out_channels has "
+                             f"{len(block_out_channels)}; give one type per level")  # fmt: skip
+        for unknown in set(types) - set(known):
+            raise ValueError(f"{owner}: {name} {unknown!r} is not implemented; minidiff knows {', '.join(known)}")

@@ -1,0 +1,134 @@
+"""Attention and group norm, each in three versions; the caller names one, and nothing is replaced in silence.
+
+`"reference"` is the formula, in any precision; `"torch"` PyTorch's fused functions; `"triton"` the kernels of
+`minidiff_kernels`, for a GPU. Read the reference versions first. Layers keep the name of their version in `.backend`;
+`use_backend` sets it. Scores, softmax, means and variances are accumulated in float32 or wider by every version.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for can't run here."""
+
+
+def attention(q, k, v, mask=None, backend: str = "torch") -> torch.Tensor:
+    """softmax(q kᵀ / √D + mask) v: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+
+    q (B, heads, T, D), k and v (B, heads, S, D), one floating dtype -> (B, heads, T, D). mask broadcasts to
+    (B, heads, T, S): bool, True where q may look, or float, added to the scores. A row that may look nowhere gives 0.
+    Raises ValueError for shapes that do not fit, BackendUnavailable if the backend can't run here.
+    """
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; "
+                         "expected q (B, heads, T, D) and k, v (B, heads, S, D)")  # fmt: skip
+    if backend == "torch":
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if backend == "triton":
+        return _kernel("attention", q)(q, k, v, mask)
+    _check_backend(backend)
+    return _attention_reference(q, k, v, mask)
+
+
+def _attention_reference(q, k, v, mask):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, T, S)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.to(wide)
+    finite = torch.finfo(wide)
+    highest = scores.amax(-1, keepdim=True).clamp(min=finite.min)  # clamped: -inf - -inf would be NaN
+    weights = torch.exp(scores - highest)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=finite.tiny)  # each row sums to 1, or to 0
+    return (weights @ v.to(wide)).to(q.dtype)  # (B, heads, T, D)
+
+
+def group_norm(x, num_groups, weight, bias, eps, silu: bool = False, backend: str = "torch") -> torch.Tensor:
+    """(x - mean) / √(variance + eps) · weight + bias, per image and group (Wu & He 2018, arXiv 1803.08494, eq. 1).
+
+    x (B, C, H, W), contiguous or channels_last; weight and bias (C,). The C channels form num_groups groups of
+    neighbours. silu: multiply the result y by sigmoid(y). -> x's shape and dtype.
+    Raises ValueError if num_groups does not divide C, BackendUnavailable if the backend can't run here.
+    """
+    if x.shape[1] % num_groups:
+        raise ValueError(f"group_norm: {x.shape[1]} channels can't be split into {num_groups} groups; "
+                         "num_groups must divide the channels")  # fmt: skip
+    if backend == "torch":
+        y = F.group_norm(x, num_groups, weight, bias, eps)
+        return F.silu(y) if silu else y
+    if backend == "triton":
+        return _kernel("group_norm", x)(x, num_groups, weight, bias, eps, silu)
+    _check_backend(backend)
+    return _group_norm_reference(x, num_groups, weight, bias, eps, silu)
+
+
+def _group_norm_reference(x, num_groups, weight, bias, eps, silu):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    groups = x.to(wide).unflatten(1, (num_groups, -1)).flatten(2)  # (B, G, C/G * H * W)
+    distance = groups - groups.mean(-1, keepdim=True)
+    variance = distance.square().mean(-1, keepdim=True)  # not E[x²] - E[x]², which cancels far from 0
+    y = (distance / torch.sqrt(variance + eps)).reshape(x.shape)
+    per_channel = (-1,) + (1,) * (x.ndim - 2)
+    y = y * weight.to(wide).reshape(per_channel) + bias.to(wide).reshape(per_channel)
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+
+
+def use_backend(module, attention: str | None = None, group_norm: str | None = None):
+    """Sets the backend of all attention and group norm layers in module; returns module.
+
+    attention, group_norm: "reference", "torch" or "triton"; None leaves the layers as they are. Raises ValueError for
+    another name, and BackendUnavailable, before anything is changed, if the backend can't run here.
+    """
+    chosen = {op: name for op, name in (("attention", attention), ("group_norm", group_norm)) if name is not None}
+    for op, name in chosen.items():
+        _check_backend(name)
+        if name == "triton":
+            _kernel(op, next(module.parameters(), None))
+    for layer in module.modules():
+        if getattr(layer, "op", None) in chosen:
+            layer.backend = chosen[layer.op]
+    return module
+
+
+def available_backends(device="cpu") -> tuple[str, ...]:
+    """The backends that run here on tensors of this device."""
+    try:
+        _kernel("attention", torch.empty(0, device=device))
+    except BackendUnavailable:
+        return BACKENDS[:2]
+    return BACKENDS
+
+
+def default_backend(device) -> str:
+    """The rule that a model applies when it moves: "triton" on a GPU where the kernels can run, else "torch"."""
+    on_gpu = torch.device(device).type == "cuda"
+    return "triton" if on_gpu and "triton" in available_backends(device) else "torch"
+
+
+def _check_backend(name):
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+
+
+def _kernel(op, tensor):
+    """The Triton kernel for op, or BackendUnavailable with the reason why tensor can't go there."""
+    try:  # imported here: Triton is absent on some systems, and slow to import
+        import minidiff_kernels
+
+        kernel = getattr(minidiff_kernels, op)
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(f'{op}: backend "triton" needs the kernels of minidiff_kernels, which are not here '
+                                 f'({error}). Use backend="torch".') from error  # fmt: skip
+    if tensor is not None and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {tensor.device}. Use backend="torch", or set '
+                                 "TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
+    return kernel
