@@ -195,6 +195,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x, condition=None):
+        if condition is not None and self.cond_proj is None:
+            raise ValueError("timestep_cond was given to a model without time_cond_proj_dim: leave it out")
         if condition is not None:
             x = x + self.cond_proj(condition)
         return self.linear_2(self.act(self.linear_1(x)))
@@ -264,6 +266,60 @@ class UpBlock2D(nn.Module):
         for upsample in self.upsamplers:  # none at the top level
             hidden_states = upsample(hidden_states, skips[-1].shape[2:])
         return hidden_states
+
+
+def down_path(resnet, attentions, block_out_channels, layers_per_block, downsample_padding):
+    """The levels on the way down, and the channels of every skip: block_out_channels[0] is the first, from conv_in.
+
+    resnet(in_channels, out_channels) makes a resnet, attentions[level]() an attention (None: none at that level).
+    layers_per_block: a list of one number per level.
+    """
+    blocks, before = nn.ModuleList(), block_out_channels[0]
+    skip_channels = [before]
+    lowest = len(block_out_channels) - 1
+    for level, (channels, num_layers) in enumerate(zip(block_out_channels, layers_per_block, strict=True)):
+        resnets = [resnet(before if i == 0 else channels, channels) for i in range(num_layers)]
+        attend = attentions[level]
+        downsampler = Downsample2D(channels, downsample_padding) if level < lowest else None
+        blocks.append(DownBlock2D(resnets, [attend() for _ in resnets] if attend else [], downsampler))
+        skip_channels += [channels] * (num_layers + (level < lowest))
+        before = channels
+    return blocks, skip_channels
+
+
+def up_path(resnet, attentions, block_out_channels, layers_per_block, skip_channels):
+    """The levels on the way up: per level one resnet more than on the way down. Arguments as those of down_path."""
+    blocks, before = nn.ModuleList(), block_out_channels[-1]
+    skip_channels = list(skip_channels)
+    for level, channels in reversed(list(enumerate(block_out_channels))):
+        resnets = []
+        for _ in range(layers_per_block[level] + 1):
+            resnets.append(resnet(before + skip_channels.pop(), channels))
+            before = channels
+        attend = attentions[level]
+        upsampler = Upsample2D(channels) if level > 0 else None
+        blocks.append(UpBlock2D(resnets, [attend() for _ in resnets] if attend else [], upsampler))
+    return blocks
+
+
+def as_timesteps(timestep, sample):
+    """timestep, a number, NumPy scalar, 0-d or (B,) tensor, as float32 (B,) on the device of sample (B, …)."""
+    timesteps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
+    if timesteps.numel() not in (1, len(sample)):
+        raise ValueError(f"timestep has {timesteps.numel()} entries for a batch of {len(sample)}; give one, or one each")
+    return timesteps.flatten().expand(len(sample))
+
+
+def embed_class(class_embedding, class_labels, temb):
+    """temb (B, D) plus the embedding of class_labels, int (B,); both or none of embedding and labels are there."""
+    if class_embedding is None and class_labels is None:
+        return temb
+    if class_embedding is None:
+        raise ValueError("this model knows no classes (its num_class_embeds is None): leave class_labels out")
+    if class_labels is None:
+        raise ValueError("this model needs class_labels, int (batch,): it was built with num_class_embeds="
+                         f"{class_embedding.num_embeddings}")  # fmt: skip
+    return temb + class_embedding(class_labels).to(temb.dtype)
 
 
 def check_levels(owner, block_out_channels, **block_types):

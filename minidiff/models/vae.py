@@ -12,14 +12,13 @@ from torch import nn
 from minidiff.checkpoints.load import PretrainedModel
 from minidiff.models.layers import (
     AttentionBlock,
-    DownBlock2D,
-    Downsample2D,
     GroupNorm,
     MidBlock2D,
     Output,
     ResnetBlock2D,
     Upsample2D,
     check_levels,
+    down_path,
 )
 
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
@@ -140,13 +139,8 @@ class Encoder(nn.Module):
     def __init__(self, in_channels, out_channels, resnet, block_out_channels, layers_per_block, add_attention):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        before = block_out_channels[0]
-        for level, channels in enumerate(block_out_channels):
-            resnets = [resnet(before if i == 0 else channels, channels) for i in range(layers_per_block)]
-            last = level == len(block_out_channels) - 1
-            self.down_blocks.append(DownBlock2D(resnets, (), None if last else Downsample2D(channels, padding=0)))
-            before = channels
+        levels, before = len(block_out_channels), block_out_channels[-1]
+        self.down_blocks, _ = down_path(resnet, [None] * levels, block_out_channels, [layers_per_block] * levels, 0)
         self.mid_block = _mid_block(before, resnet, add_attention)
         self.conv_norm_out = GroupNorm(resnet.keywords["groups"], before, EPS, "silu")
         self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
