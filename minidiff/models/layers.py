@@ -94,13 +94,17 @@ class Attention(nn.Module):
 class AttentionBlock(Attention):
     """Self-attention between the pixels of an image, with its own norm and residual: (B, C, H, W) -> (B, C, H, W).
 
-    num_groups None: no norm. scale_factor divides the sum of input and result.
+    head_dim None: one head. groups None: no norm. scale_factor divides the sum of input and result.
     """
 
-    def __init__(self, channels, num_heads, num_groups, eps, scale_factor=1.0):
-        super().__init__(channels, num_heads, qkv_bias=True)
+    def __init__(self, channels, head_dim=None, *, groups, eps, scale_factor=1.0):
+        head_dim = head_dim or channels
+        if channels % head_dim:
+            raise ValueError(f"attention: {channels} channels can't be split into heads of {head_dim}; "
+                             "attention_head_dim must divide the channels of every level with attention")  # fmt: skip
+        super().__init__(channels, channels // head_dim, qkv_bias=True)
         self.scale_factor = scale_factor
-        self.group_norm = None if num_groups is None else GroupNorm(num_groups, channels, eps)
+        self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
 
     def forward(self, x):
         hidden_states = x if self.group_norm is None else self.group_norm(x)
@@ -303,8 +307,12 @@ def up_path(resnet, attentions, block_out_channels, layers_per_block, skip_chann
 
 
 def as_timesteps(timestep, sample):
-    """timestep, a number, NumPy scalar, 0-d or (B,) tensor, as float32 (B,) on the device of sample (B, …)."""
-    timesteps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
+    """timestep, a number, NumPy scalar, 0-d or (B,) tensor, as (B,) on the device of sample (B, …).
+
+    Numbers become float32 (Apple's GPU has no float64); a tensor keeps its dtype.
+    """
+    dtype = timestep.dtype if torch.is_tensor(timestep) else torch.float32
+    timesteps = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
     if timesteps.numel() not in (1, len(sample)):
         raise ValueError(f"timestep has {timesteps.numel()} entries for a batch of {len(sample)}; give one, or one each")
     return timesteps.flatten().expand(len(sample))

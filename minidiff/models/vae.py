@@ -192,5 +192,5 @@ class DecoderBlock(nn.Module):
 
 def _mid_block(channels, resnet, add_attention):
     """Two resnets around self-attention with one head as wide as all channels, or without attention."""
-    attentions = [AttentionBlock(channels, 1, resnet.keywords["groups"], EPS)] if add_attention else []
+    attentions = [AttentionBlock(channels, groups=resnet.keywords["groups"], eps=EPS)] if add_attention else []
     return MidBlock2D([resnet(channels, channels) for _ in range(2)], attentions)
