@@ -1,0 +1,137 @@
+"""DDPM, ancestral sampling: Ho et al. 2020, arXiv:2006.11239, and learned variances: Nichol & Dhariwal 2021, arXiv:2102.09672."""
+
+import numpy as np
+
+from minidiff.schedulers.schedule import Scheduler, log, split_prediction, threshold
+
+LEARNED = ("learned", "learned_range")
+
+
+class DDPMScheduler(Scheduler):
+    """Steps back through the Markov chain that the model was trained on, with fresh noise at every step.
+
+    variance_type: how much noise. "fixed_small" and "fixed_large" are the lower and upper bound of Ho et al. (section 3.2);
+    with "learned" and "learned_range" the model's output has twice the sample's channels, the second half says how much.
+    """
+
+    beta_schedules = (*Scheduler.beta_schedules, "laplace", "sigmoid")
+    needs_timesteps = False
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas=None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        self._make_tables()
+        self.variance_type = variance_type
+        self.custom_timesteps = False
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, timesteps=None):
+        """Chooses the timesteps to visit: num_inference_steps of them, or a falling list of your own. device has no effect."""
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
+        if timesteps is None:
+            self.num_inference_steps = self._check_steps(num_inference_steps, self.config.num_train_timesteps)
+            self.timesteps = self._spaced(self.num_inference_steps)
+        else:
+            self.timesteps = self._custom(timesteps)
+        self.custom_timesteps = timesteps is not None
+
+    def previous_timestep(self, timestep) -> int:
+        """The timestep after `timestep` in sampling order, -1 after the last; before set_timesteps the one below it."""
+        t = self._table_index(timestep)
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return t - 1
+        at = np.flatnonzero(self.timesteps == t)
+        if not at.size:
+            raise ValueError(f"timestep {t} is not one of .timesteps, so nothing follows it")
+        return int(self.timesteps[at[0] + 1]) if at[0] + 1 < len(self.timesteps) else -1
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        """From timestep to the next one; model_output and sample (B, C, …), prev_sample like sample.
+
+        generator draws the step's noise: see `minidiff.boundary.draw_normal`. Nothing is drawn at timestep 0.
+        """
+        noise = self._noise(model_output, sample, generator)
+        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+
+    def update(self, model_output, t, sample, noise):
+        """Ho et al. 2020, eq. 7: the mean of x_{t-1} given x_t and the x0 that the model believes in, plus noise()."""
+        c = self.config
+        model_output, predicted_variance = self._split_variance(model_output, sample)
+        a_t, a_prev = self._alphas_bar(t)
+        b_t, ratio = 1 - a_t, a_t / a_prev
+        x0, _ = split_prediction(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), c.prediction_type)
+        if c.thresholding:
+            x0 = threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
+        elif c.clip_sample:
+            x0 = np.clip(x0, -c.clip_sample_range, c.clip_sample_range)
+        prev = np.sqrt(a_prev) * (1 - ratio) / b_t * x0 + np.sqrt(ratio) * (1 - a_prev) / b_t * sample
+        if t > 0:
+            prev = prev + self._deviation(t, predicted_variance) * noise()
+        return prev, x0
+
+    def _split_variance(self, model_output, sample):
+        """The prediction, and what the model says about the variance, where the output has both (twice the channels)."""
+        if self.variance_type in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
+            return np.split(model_output, 2, axis=1)
+        return model_output, None
+
+    def _check_shapes(self, model_output, sample):
+        if sample.ndim > 1:
+            model_output, _ = self._split_variance(model_output, sample)
+        super()._check_shapes(model_output, sample)
+
+    def _deviation(self, t, predicted_variance):
+        """What the noise of the step at t is multiplied by: a number, or an array like the sample."""
+        if self.variance_type in LEARNED and predicted_variance is None:
+            raise ValueError(
+                f"variance_type {self.variance_type!r} needs a model_output with twice the sample's channels; "
+                "for a model that doesn't predict its variance choose fixed_small or fixed_large"
+            )
+        variance = self._get_variance(t, predicted_variance, self.variance_type)
+        if self.variance_type == "fixed_small_log":
+            return variance
+        if self.variance_type == "learned_range":
+            return np.exp(np.float32(0.5) * variance)
+        return np.sqrt(
+            variance
+        )  # NaN for fixed_large_log, a logarithm below 0: diffusers samples NaN there too
+
+    def _alphas_bar(self, t):
+        """a_t and that of the timestep after it in sampling order: 1 after the last."""
+        return self.alphas_cumprod[t], self._alpha_bar(self.previous_timestep(t))
+
+    def _get_variance(self, t, predicted_variance=None, variance_type=None):
+        """The variance at t in the sense of variance_type: itself, its root or its logarithm; see `_deviation`."""
+        a_t, a_prev = self._alphas_bar(self._table_index(t))
+        beta_t = 1 - a_t / a_prev  # "fixed_large"
+        variance = np.maximum(
+            (1 - a_prev) / (1 - a_t) * beta_t, np.float32(1e-20)
+        )  # eq. 7; 0 has no logarithm
+        match variance_type or self.config.variance_type:
+            case "fixed_small_log":
+                return np.exp(np.float32(0.5) * log(variance))
+            case "fixed_large":
+                return beta_t
+            case "fixed_large_log":
+                return log(beta_t)
+            case "learned":
+                return predicted_variance
+            case "learned_range":  # Nichol & Dhariwal 2021, eq. 15: between the bounds, in logarithms
+                share = (predicted_variance + 1) / 2
+                return share * log(beta_t) + (1 - share) * log(variance)
+        return variance

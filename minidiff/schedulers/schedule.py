@@ -1,0 +1,348 @@
+"""Noise schedules, and what all schedulers have in common; the update rules are in the files beside this one.
+
+A model is trained on N timesteps t, at each of which a sample is x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: a_t is
+`alphas_cumprod[t]`, the share of the data's variance that is left, eps standard normal (Ho et al. 2020, arXiv:2006.11239,
+eq. 4). Read first the tables (`make_betas`), then the timesteps that sampling visits (`space_timesteps`), then what a
+model's output says about x0 and eps (`split_prediction`), then `Scheduler`, whose `_step` is the frame of every step.
+
+Numbers are diffusers' to the last bit wherever that is possible: tables are float32, their scalars stay NumPy float32 scalars,
+and formulas keep the order of operations that they have there, because 1 - a_t near t = 0 turns a last bit into 1e-4.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from minidiff.boundary import draw_normal, is_tensor, like, to_numpy
+from minidiff.config import Configured
+
+SPACINGS = "linspace, leading or trailing"
+MOST_TIMESTEPS = (
+    1_000_000  # far above every model; a table of more is a mistake in a config, met before memory is
+)
+
+# The classes that from_config may switch between: all that sample the same kind of model.
+COMPATIBLE = (
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ tables over t = 0 … N-1
+
+
+def linspace(start: float, end: float, n: int) -> np.ndarray:
+    """n float32 numbers from start to end, rounded as torch.linspace rounds: from both ends, product and sum at once."""
+    if n == 1:
+        return np.float32([start])
+    start, end = np.float32(start), np.float32(end)
+    step = np.float64((end - start) / np.float32(n - 1))
+    up, down = np.arange(n // 2), np.arange(n - n // 2)[::-1]
+    return np.concatenate([start + step * up, end - step * down]).astype(np.float32)
+
+
+def make_betas(schedule: str, beta_start: float, beta_end: float, n: int) -> np.ndarray:
+    """The variance that each of n training timesteps adds, float32 (n,), for one of `beta_schedule`'s names."""
+    if schedule == "linear":  # Ho et al. 2020
+        return linspace(beta_start, beta_end, n)
+    if schedule == "scaled_linear":  # latent diffusion: linear in the standard deviation
+        return linspace(beta_start**0.5, beta_end**0.5, n) ** 2
+    if schedule == "sigmoid":  # GeoDiff, arXiv:2203.02923
+        rise = np.exp(-linspace(-6, 6, n).astype(np.float64)).astype(np.float32)
+        return 1 / (1 + rise) * (beta_end - beta_start) + beta_start
+    alpha_bar = {"squaredcos_cap_v2": _alpha_bar_cosine, "laplace": _alpha_bar_laplace}[schedule]
+    kept = [alpha_bar(i / n) for i in range(n + 1)]
+    return np.array([min(1 - kept[i + 1] / kept[i], 0.999) for i in range(n)], np.float32)
+
+
+def _alpha_bar_cosine(t):
+    """Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, for t in [0, 1]."""
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _alpha_bar_laplace(t):
+    """Hang et al. 2024 (arXiv:2407.03297): the log signal-to-noise ratio is Laplace distributed, scale 0.5, t in [0, 1]."""
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def cumulative_product(alphas: np.ndarray) -> np.ndarray:
+    """alphas_cumprod, float32: summed up in float64, as torch does; in float32 most entries would differ."""
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """betas that leave no data at all at the last timestep (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = np.sqrt(cumulative_product(1 - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))  # the first value stays, the last becomes 0
+    kept = root * root
+    return 1 - np.concatenate([kept[:1], kept[1:] / kept[:-1]])
+
+
+def space_timesteps(
+    spacing: str, n_train: int, n: int, steps_offset: int, skip_last: bool = False
+) -> np.ndarray:
+    """n of the timesteps 0 … n_train - 1, falling, int64, spread in one of three ways (Lin et al. 2023, table 2).
+
+    skip_last: linspace and leading lay out n + 1 and leave out the last one, t = 0 (the multistep solvers' habit).
+    "trailing" gives one more, -1, where n_train / n is rounded down, as at 1000 / 61; diffusers has it too.
+    """
+    points = n + skip_last
+    if spacing == "linspace":
+        timesteps = np.linspace(0, n_train - 1, points).round()[::-1]
+    elif spacing == "leading":
+        timesteps = np.arange(points)[::-1] * (n_train // points) + steps_offset
+    elif spacing == "trailing":
+        return np.arange(n_train, 0, -n_train / n).round().astype(np.int64) - 1
+    else:
+        raise ValueError(f"timestep_spacing is {spacing!r}; it must be {SPACINGS}")
+    return timesteps[:n].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------- what a model's output means
+
+
+def split_prediction(model_output, sample, alpha_t, sigma_t, prediction_type: str):
+    """(x0, eps), arrays like sample = alpha_t x0 + sigma_t eps, out of whatever the model was trained to predict.
+
+    v_prediction: v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+    """
+    if prediction_type == "epsilon":
+        return (sample - sigma_t * model_output) / alpha_t, model_output
+    if prediction_type == "sample":
+        return model_output, (sample - alpha_t * model_output) / sigma_t
+    if prediction_type == "v_prediction":
+        return alpha_t * sample - sigma_t * model_output, alpha_t * model_output + sigma_t * sample
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, sample or v_prediction")
+
+
+def log(x) -> np.float32:
+    """The logarithm of one number, rounded once to float32: NumPy's float32 log is off by a bit far more often than torch's."""
+    return np.float32(np.log(np.float64(x)))
+
+
+def combine(weights, arrays) -> np.ndarray:
+    """The sum of weights times arrays, all of one shape: a new array."""
+    total = weights[0] * arrays[0]
+    for weight, array in zip(weights[1:], arrays[1:], strict=True):
+        total += weight * array
+    return total
+
+
+def threshold(x0: np.ndarray, ratio: float, largest: float) -> np.ndarray:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): saturated pictures are scaled, not clipped.
+
+    For each row of x0 (B, …): s is the ratio-quantile of |x0|, kept within [1, largest]; x0 is clipped to [-s, s], then / s.
+    """
+    size = np.abs(x0).reshape(len(x0), -1)  # (B, n)
+    rank = x0.dtype.type(ratio) * x0.dtype.type(
+        size.shape[1] - 1
+    )  # rounded in x0's dtype, as torch.quantile does
+    low = int(rank)
+    high, weight = min(low + 1, size.shape[1] - 1), rank - low
+    ordered = np.partition(size, (low, high), axis=1)
+    a, b = ordered[:, low], ordered[:, high]  # (B,)
+    s = a + weight * (b - a) if weight < 0.5 else b - (b - a) * (1 - weight)
+    s = np.minimum(np.maximum(s, 1), largest).astype(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, …)
+    return np.clip(x0, -s, s) / s
+
+
+# ---------------------------------------------------------------------------------------------------------- the interface
+
+
+class StepOutput(dict):
+    """What step returns: prev_sample and, from most schedulers, pred_original_sample; as attributes, keys or a tuple."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this step has no {name!r}; it has {', '.join(self)}") from None
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self):
+        """The values without their names, as with return_dict=False."""
+        return tuple(self.values())
+
+
+class Scheduler(Configured):
+    """Base of all schedulers: config, tables, loading and saving, and the frame of a step.
+
+    A class writes out its constructor, `set_timesteps` and `step`, because people and pipelines read their signatures,
+    and one `update` with its mathematics. NumPy in gives NumPy out, torch in gives torch out, in the sample's dtype and on its
+    device. In between all is float32 (float64 for float64 samples), rounded once at the end.
+    """
+
+    config_name = "scheduler_config.json"
+    order = 1
+    init_noise_sigma = 1.0
+    final_alpha_cumprod = np.float32(1)  # a_t where a step goes below timestep 0
+    beta_schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    needs_timesteps = True  # whether step works only after set_timesteps
+
+    def __len__(self):
+        return self.config.num_train_timesteps
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The classes that `from_config` may switch to."""
+        package = sys.modules[__package__]
+        return [getattr(package, name) for name in COMPATIBLE if hasattr(package, name)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, *, variant=None, torch_dtype=None,
+                        use_safetensors=None, revision=None, cache_dir=None, local_files_only=False, token=None,
+                        **overrides):  # fmt: skip
+        """The scheduler of a built-in checkpoint, a folder or a hub id; the file may be another scheduler's.
+
+        overrides replace values of the file. variant, torch_dtype and use_safetensors are models' and have no meaning here.
+        Raises CheckpointError for a missing or broken file, naming it.
+        """
+        from minidiff.checkpoints import CheckpointError, hub  # inside: most users of schedulers load nothing
+
+        where = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        config = hub.read_json(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **where)
+        try:
+            return cls.from_config(config, **overrides)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            file = Path(str(pretrained_model_name_or_path), subfolder or "", cls.config_name)
+            raise CheckpointError(f"{file}: {error}") from error
+
+    def save_pretrained(self, save_directory):
+        """Writes scheduler_config.json into save_directory; diffusers reads it too."""
+        self.save_config(save_directory)
+
+    # -- tables and timesteps
+
+    def _make_tables(self):
+        """betas, alphas, alphas_cumprod, all float32 (N,), out of the config; timesteps N-1 … 0."""
+        c = self.config
+        n = c.num_train_timesteps
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 < n <= MOST_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {n!r}; it must be a whole number from 1 to {MOST_TIMESTEPS}"
+            )
+        if c.trained_betas is not None:
+            self.betas = np.array(to_numpy(c.trained_betas), np.float32)
+        elif c.beta_schedule in self.beta_schedules:
+            self.betas = make_betas(c.beta_schedule, c.beta_start, c.beta_end, n)
+        else:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no beta_schedule {c.beta_schedule!r}; it has {', '.join(self.beta_schedules)}"
+            )
+        if c.get("rescale_betas_zero_snr"):
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = cumulative_product(self.alphas)
+        self.num_inference_steps = None
+        self.timesteps = np.arange(n, dtype=np.int64)[::-1].copy()
+
+    def _check_steps(self, n, at_most=None):
+        """n as an int, or an error that says what a number of steps must be."""
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise TypeError(f"num_inference_steps is {n!r}; it must be a whole number")
+        if n < 1:
+            raise ValueError(f"num_inference_steps is {n}; it must be at least 1")
+        if at_most is not None and n > at_most:
+            raise ValueError(
+                f"num_inference_steps is {n}; this model was trained on {at_most} timesteps, so take at most those"
+            )
+        return int(n)
+
+    def _spaced(self, n, skip_last=False):
+        c = self.config
+        return space_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset, skip_last)
+
+    def _table_index(self, timestep):
+        """timestep, in any of the forms that people pass, as an int that the tables have; -1 is the last entry."""
+        t = timestep.item() if hasattr(timestep, "item") else timestep
+        if not isinstance(t, int | float) or t != t // 1:
+            raise ValueError(f"timestep is {timestep!r}; {type(self).__name__} needs one whole number")
+        if not -1 <= t < len(self.alphas_cumprod):
+            raise ValueError(
+                f"timestep {t} is outside the {len(self.alphas_cumprod)} training timesteps; take it from .timesteps"
+            )
+        return int(t)
+
+    def _alpha_bar(self, t):
+        """a_t, a float32 scalar; final_alpha_cumprod for t < 0."""
+        if t >= len(self.alphas_cumprod):
+            raise ValueError(
+                f"this step starts at timestep {t}, past the {len(self.alphas_cumprod)} of the training"
+            )
+        return self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod
+
+    # -- the frame of a step
+
+    def _step(self, update, model_output, timestep, sample, *options, return_dict=True):
+        """Around every update rule: `update(model_output, i, sample, *options)` on arrays, its results like `sample`.
+
+        i is what `_position` makes of the timestep. update returns (prev_sample, x0), with x0 None where it has no guess.
+        """
+        if self.needs_timesteps and self.num_inference_steps is None:
+            raise ValueError(f"{type(self).__name__} has no timesteps yet: call set_timesteps(n) before step")
+        x, output = self._array(sample, "sample"), self._array(model_output, "model_output")
+        self._check_shapes(output, x)
+        with np.errstate(
+            all="ignore"
+        ):  # zero-SNR tables divide by zero, as in diffusers; inf and NaN stay visible
+            prev_sample, x0 = update(output, self._position(timestep), x, *options)
+        result = StepOutput(prev_sample=like(prev_sample, sample))
+        if x0 is not None:
+            result["pred_original_sample"] = like(x0, sample)
+        return result if return_dict else result.to_tuple()
+
+    def _position(self, timestep):
+        """Where update is to start: a row of the tables; schedulers that step over sigmas count their steps instead."""
+        return self._table_index(timestep)
+
+    def _array(self, x, name="array"):
+        """x as an array to compute with: float64 stays, all other floats become float32."""
+        array = to_numpy(x) if is_tensor(x) else x
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            kind = f"array of {array.dtype}" if isinstance(array, np.ndarray) else type(x).__name__
+            raise TypeError(f"{name} is a {kind}; it must be a floating point array or tensor")
+        return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+
+    def _check_shapes(self, model_output, sample):
+        if model_output.shape != sample.shape or sample.ndim < 2:
+            raise ValueError(
+                f"model_output has the shape {model_output.shape}, sample {sample.shape}; they must be equal, (B, C, …)"
+            )
+
+    def _noise(self, model_output, sample, generator, given=None):
+        """A function that draws what the step adds, or hands over what was given; called only if needed, so seeds match."""
+        if given is not None:
+            return lambda: self._array(given, "variance_noise")
+        device = model_output.device if is_tensor(model_output) else None
+        return lambda: self._array(draw_normal(sample.shape, generator, model_output.dtype, device))
+
+    # -- between samples, noise and the model
+
+    def scale_model_input(self, sample, timestep=None):
+        """What the model gets to see of sample at timestep: here the sample itself."""
+        return sample
+
+    def add_noise(self, original_samples, noise, timesteps):
+        """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: original_samples (B, …) moved to B timesteps, as in training."""
+        alpha, sigma = self._signal_and_noise(original_samples, timesteps)
+        return like(alpha * self._array(original_samples) + sigma * self._array(noise), original_samples)
+
+    def get_velocity(self, sample, noise, timesteps):
+        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0 for x0 = sample (B, …): what a v_prediction model is trained to predict."""
+        alpha, sigma = self._signal_and_noise(sample, timesteps)
+        return like(alpha * self._array(noise) - sigma * self._array(sample), sample)
+
+    def _signal_and_noise(self, samples, timesteps):
+        """sqrt(a_t), sqrt(1 - a_t), each (B, 1, …), from the table rounded to the samples' dtype, as diffusers has it."""
+        rows = np.array([self._table_index(t) for t in np.atleast_1d(to_numpy(timesteps))])
+        a_t = self._array(like(self.alphas_cumprod, samples))[rows]
+        a_t = a_t.reshape(-1, *[1] * (len(samples.shape) - 1))  # (B, 1, …)
+        return np.sqrt(a_t), np.sqrt(1 - a_t)
