@@ -3,7 +3,7 @@
 `world` says what can be in a picture, `render` draws it, `captions` says it in words. NumPy only.
 """
 
-from minidiff.scenes.captions import caption, vocabulary_corpus
+from minidiff.scenes.captions import Telling, caption, tell, vocabulary_corpus, words
 from minidiff.scenes.render import render
 from minidiff.scenes.world import (
     COLOURS,
@@ -26,10 +26,13 @@ __all__ = [
     "SIZES",
     "Scene",
     "Solid",
+    "Telling",
     "caption",
     "held_out",
     "held_out_scenes",
     "random_scene",
     "render",
+    "tell",
     "vocabulary_corpus",
+    "words",
 ]

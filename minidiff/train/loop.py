@@ -87,7 +87,7 @@ class Trainer:
         look(average, step), if given, is called every `every` seconds, to write sample pictures. Ctrl-C saves the state
         and propagates.
         """
-        bar = tqdm(total=100.0, desc=self.name, unit="%", bar_format="{l_bar}{bar}| {elapsed}{postfix}")
+        bar = tqdm(total=100.0, desc=self.name, unit="%", mininterval=5.0, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         bar.update(100 * self.share)
         saved = looked = time.monotonic()
         try:
