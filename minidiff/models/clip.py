@@ -1,61 +1,51 @@
-"""CLIP's text half: CLIPTextModel turns 77 ids into the vectors that the U-Net looks at (B, 77, C).
+"""The text half of CLIP (Radford et al. 2021, arXiv 2103.00020): from a prompt to what the U-Net looks at.
 
-Read `CLIPTextTransformer` from the bottom up. CLIP: Radford et al. 2021, arXiv 2103.00020. Module attributes are named
-like the tensors of the published files (`text_model.encoder.layers.0.self_attn.q_proj.weight`).
+`CLIPTokenizer` turns the prompt into 77 ids, `CLIPTextModel` the ids into (B, 77, C). Read the model from
+`CLIPTextTransformer` on. Attributes are named as the tensors in published checkpoints.
 """
 
+import json
+import warnings
+from pathlib import Path
+from typing import ClassVar
+
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 from minidiff import ops
+from minidiff.checkpoints import CheckpointError, hub, layout
 from minidiff.checkpoints.load import PretrainedModel
+from minidiff.config import write_json
+from minidiff.models.layers import Output
 
-# Keys of transformers' configs that change nothing in a text encoder's forward pass: provenance, how the weights were
-# first drawn, and the options of text generation that old versions wrote into every config.
+# Keys of transformers' configs that change nothing in a text encoder's forward pass: provenance, how the
+# weights were first drawn, and the options of text generation that old versions wrote into every config.
 _WITHOUT_INFLUENCE = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss
     initializer_range initializer_factor dropout gradient_checkpointing pruned_heads tie_word_embeddings
     tie_encoder_decoder chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
-    cross_attention_hidden_size tokenizer_class prefix finetuning_task task_specific_params problem_type id2label label2id
-    sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens
-    """.split()
+    cross_attention_hidden_size tokenizer_class prefix finetuning_task task_specific_params problem_type
+    id2label label2id sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split()  # noqa: SIM905
 )
 
 
-class TextOutput(dict):
-    """The named results of a text encoder: out.name, out["name"] and, in the order of computation, out[0], out[-1].
-
-    A result that was not asked for is absent from the dict and None as an attribute.
-    """
-
-    def __getattr__(self, name):
-        if name in ("text_embeds", "last_hidden_state", "pooler_output", "hidden_states"):
-            return self.get(name)
-        raise AttributeError(f"a text encoder's output has no {name!r}, only {', '.join(self)}")
-
-    def __getitem__(self, key):
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self):
-        """The results without their names."""
-        return tuple(self.values())
-
-
 class _CLIPText(PretrainedModel):
-    """What both text encoders share: the options and the parts. hidden_act is "quick_gelu" (SD 1) or "gelu" (SD 2).
+    """What both text encoders share: the options and the parts.
 
-    eos_token_id says where the pooled output is taken: at its first occurrence, or, for the 2 that older configs hold by
-    mistake, at the largest id. bos_token_id and pad_token_id are recorded only: the tokenizer knows them.
-    ValueError for an option or a value that is not implemented.
+    hidden_act is "quick_gelu" (SD 1, SDXL's first) or "gelu" (SD 2, SDXL's second). eos_token_id says where the pooled output is taken: at its first occurrence, or, for the 2 that older
+    configs hold by mistake, at the largest id. bos_token_id and pad_token_id are recorded only: the tokenizer
+    knows them. ValueError for an option or a value that is not implemented.
     """
 
     weights_name = "model.safetensors"
-    fixed_options = {
+    fixed_options: ClassVar = {
         "attention_dropout": 0.0,
         "output_attentions": False,
         "output_hidden_states": False,
@@ -91,28 +81,28 @@ class _CLIPText(PretrainedModel):
 
 
 class CLIPTextModel(_CLIPText):
-    """The text encoder of Stable Diffusion 1 and 2, and the first one of SDXL; projection_dim is not used here."""
+    """The text encoder of Stable Diffusion 1 and 2, and SDXL's first one; projection_dim is not used."""
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, output_hidden_states=None):
-        """input_ids: int (B, T), T <= max_position_embeddings -> last_hidden_state (B, T, C), pooler_output (B, C).
+        """Ids (B, T), T <= max_position_embeddings -> last_hidden_state (B, T, C), pooler_output (B, C).
 
-        attention_mask: (B, T), 0 for ids that nobody may look at. position_ids: int (B, T) or (1, T), 0 to T - 1 if None.
-        With output_hidden_states, hidden_states holds layers + 1 entries (B, T, C), the embeddings first, none of them
-        final-normed. ValueError for too many ids or another rank.
+        attention_mask: (B, T), 0 for ids that nobody may look at. position_ids: (B, T) or (1, T); 0, 1, 2, ...
+        if None. With output_hidden_states, hidden_states holds layers + 1 entries (B, T, C), the embeddings
+        first, none of them final-normed. ValueError for too many ids or another rank.
         """
         return self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
 
 
 class CLIPTextModelWithProjection(_CLIPText):
-    """The second text encoder of SDXL: the pooled output goes through one more matrix, to projection_dim channels."""
+    """SDXL's second text encoder: one more matrix takes the pooled output to projection_dim channels."""
 
     _projects = True
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, output_hidden_states=None):
-        """As CLIPTextModel -> text_embeds (B, projection_dim), last_hidden_state (B, T, C) and, if asked, hidden_states."""
+        """As CLIPTextModel, with text_embeds (B, projection_dim) first and without pooler_output."""
         out = self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
         pooled = out.pop("pooler_output")  # (B, C)
-        return TextOutput({"text_embeds": self.text_projection(pooled)} | out)
+        return Output({"text_embeds": self.text_projection(pooled)} | out)
 
 
 class CLIPTextTransformer(nn.Module):
@@ -136,15 +126,16 @@ class CLIPTextTransformer(nn.Module):
             hidden_states = layer(hidden_states, mask)
             every.append(hidden_states)
         last = self.final_layer_norm(hidden_states)
-        out = TextOutput(last_hidden_state=last, pooler_output=self.pool(last, input_ids))
+        out = Output(last_hidden_state=last, pooler_output=self.pool(last, input_ids))
         if output_hidden_states:
             out["hidden_states"] = tuple(every)
         return out
 
     def pool(self, last_hidden_state, input_ids):
         """The vector at the end token: (B, T, C), (B, T) -> (B, C)."""
-        # OpenAI's code takes the largest id, which is the end token in CLIP's vocabulary. Configs with the wrong end
-        # token 2 rely on that; an id that was added later (textual inversion) would be larger, hence the other way.
+        # OpenAI's code takes the largest id, which is the end token in CLIP's vocabulary. Configs with the
+        # wrong end token 2 rely on that; an id that was added later (textual inversion) would be larger,
+        # hence the other way.
         by_id = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int()
         at = by_id.argmax(dim=-1)  # (B,): the first one if there are several
         return last_hidden_state[torch.arange(len(at), device=at.device), at]
@@ -189,7 +180,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention with a mask, True where a token may look: (B, T, C), (1 or B, 1, T, T) -> (B, T, C)."""
+    """Multi-head self-attention: (B, T, C), mask (1 or B, 1, T, T), True where one may look -> (B, T, C)."""
 
     def __init__(self, channels, num_heads, depth):
         super().__init__()
@@ -259,3 +250,326 @@ def _linear(channels, out_channels):
     linear = nn.Linear(channels, out_channels)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class Encoded(dict):
+    """What the tokenizer returns: input_ids and attention_mask, as keys and as attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"a tokenizer's output has no {name!r}; it has {', '.join(self)}") from None
+
+    def to(self, device):
+        """The same with its tensors on device."""
+        return Encoded({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class CLIPTokenizer:
+    """Text -> ids by byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), for vocabularies like CLIP's.
+
+    vocab {token: id} and merges ["a b", ...], best first, or the paths of a vocab.json and a merges.txt: the
+    symbols of the 256 bytes, the same with "</w>" at the end of a word, what the merges make of them, and the
+    special tokens. A special token is its text or, as in tokenizer_config.json, a dict {"content": text,
+    "normalized": bool}: if True, prompts may spell it in any letter case. Of roles that share a text the last
+    in bos, eos, unk, pad decides. added_tokens: further ones, with the ids after the vocabulary's.
+    CheckpointError for an inconsistent vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocab,
+        merges,
+        *,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length: int = 77,
+        added_tokens=(),
+    ):
+        self._vocab = dict(vocab) if isinstance(vocab, dict) else layout.read_json(vocab)
+        self._merges = list(merges) if isinstance(merges, list | tuple) else _read_merges(merges)
+        self._special = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "unk_token": unk_token,
+            "pad_token": pad_token,
+        }
+        self._added = list(added_tokens)
+        self.model_max_length = model_max_length
+        _check_vocabulary(self._vocab, self._merges)
+        self.bos_token, self.bos_token_id = self._known("bos_token")
+        self.eos_token, self.eos_token_id = self._known("eos_token")
+        self.unk_token, self.unk_token_id = self._known("unk_token")
+        self.pad_token, self.pad_token_id = self._known("pad_token")
+        self.vocab_size = len(self._vocab)
+        self._tokenizer = self._build()
+
+    def _known(self, role):
+        """The text and the id of a special token."""
+        text = _added_token(self._special[role]).content
+        if text not in self._vocab:
+            raise CheckpointError(f"CLIPTokenizer: the vocabulary lacks the {role} {text!r}")
+        return text, self._vocab[text]
+
+    def _build(self):
+        """The steps of tokenizing, as transformers' CLIPTokenizer (5.x) has them: no ftfy, no HTML entities."""
+        merges = [tuple(merge.split(" ")) for merge in self._merges]
+        tokenizer = Tokenizer(
+            models.BPE(self._vocab, merges, unk_token=self.unk_token, end_of_word_suffix="</w>")
+        )
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        # a word is a run of letters, one digit, a run of signs, or an English ending such as 's; the rest is
+        # dropped
+        words = Regex(
+            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(words, behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(
+                    add_prefix_space=False
+                ),  # UTF-8 bytes, each one as a printable symbol
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        for token in self._special.values():  # one by one: of equal texts the last one counts
+            tokenizer.add_special_tokens([_added_token(token, special=True)])
+        tokenizer.add_tokens([_added_token(token) for token in self._added])
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (self.eos_token, self.eos_token_id),
+            (self.bos_token, self.bos_token_id),
+            trim_offsets=False,
+            add_prefix_space=False,
+        )
+        return tokenizer
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Encoded:
+        """Ids and attention_mask (0 where padded): lists for a str, nested lists for a list of them.
+
+        padding: True or "longest" fills up to the longest text, "max_length" up to max_length, which is
+        model_max_length if None. truncation: True cuts to max_length and keeps the end token, with a warning
+        that names the words lost; None means True where a max_length is given without padding.
+        return_tensors: "pt" or "np" for int64 (B, T), also for a single str. TypeError for what is no text;
+        ValueError for an empty list, an unknown option, and texts of different lengths that should make a
+        tensor.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"CLIPTokenizer needs a str or a list of str, not {text!r:.100}")
+        if not texts:
+            raise ValueError("CLIPTokenizer needs at least one text; the list is empty")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(
+                f"return_tensors={return_tensors!r} is not implemented; it is None, 'pt' or 'np'"
+            )
+        if truncation is None:
+            truncation = max_length is not None and padding is False
+        length = self.model_max_length if max_length is None else max_length
+        self._set_truncation(truncation, length, least=2 if add_special_tokens else 0)
+        self._set_padding(padding, length)
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        self._warn_of_lost_words(encodings, length)
+        rows = {
+            "input_ids": [e.ids for e in encodings],
+            "attention_mask": [e.attention_mask for e in encodings],
+        }
+        if return_tensors is None:
+            return Encoded(
+                {name: values[0] for name, values in rows.items()} if isinstance(text, str) else rows
+            )
+        lengths = sorted({len(ids) for ids in rows["input_ids"]})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"texts of {', '.join(map(str, lengths))} tokens make no tensor; pass padding=True"
+            )
+        tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}  # (B, T)
+        return Encoded(
+            tensors if return_tensors == "pt" else {name: t.numpy() for name, t in tensors.items()}
+        )
+
+    def _set_truncation(self, truncation, length, least):
+        if truncation in (False, "do_not_truncate"):
+            return self._tokenizer.no_truncation()
+        if truncation not in (True, "longest_first"):
+            raise ValueError(f"truncation={truncation!r} is not implemented; it is True or False")
+        if length < least:
+            raise ValueError(
+                f"max_length={length} leaves no room for the start and the end token; it is at least {least}"
+            )
+        return self._tokenizer.enable_truncation(length)
+
+    def _set_padding(self, padding, length):
+        if padding in (False, "do_not_pad"):
+            return self._tokenizer.no_padding()
+        if padding not in (True, "longest", "max_length"):
+            raise ValueError(
+                f"padding={padding!r} is not implemented; it is False, True, 'longest' or 'max_length'"
+            )
+        fixed = length if padding == "max_length" else None
+        return self._tokenizer.enable_padding(
+            pad_id=self.pad_token_id, pad_token=self.pad_token, length=fixed
+        )
+
+    def _warn_of_lost_words(self, encodings, length):
+        for encoding in encodings:
+            lost = [i for piece in encoding.overflowing for i in piece.ids]
+            words = self.decode(lost, skip_special_tokens=True)
+            if words:
+                warnings.warn(
+                    f"a text has more than {length} tokens; this part of it is cut off: {words}", stacklevel=3
+                )
+
+    def decode(self, ids, skip_special_tokens: bool = False) -> str:
+        """The text of one id, or of a list, an array or a tensor of them (T,); in lower case, as the ids are."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        text = self._tokenizer.decode([ids] if isinstance(ids, int) else list(ids), skip_special_tokens)
+        return text.replace("</w>", " ").strip()
+
+    def batch_decode(self, ids, skip_special_tokens: bool = False) -> list[str]:
+        """decode for each row of (B, T)."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text as the vocabulary spells them, "</w>" at the end of a word; without start and end."""
+        return self.convert_ids_to_tokens(self(text, add_special_tokens=False).input_ids)
+
+    def convert_ids_to_tokens(self, ids) -> list[str]:
+        """The vocabulary's spelling of each id; None for an id that it does not have."""
+        return [self._tokenizer.id_to_token(int(i)) for i in ids]
+
+    def get_vocab(self) -> dict[str, int]:
+        """{token: id}, added tokens included."""
+        return self._tokenizer.get_vocab()
+
+    def __len__(self):
+        return self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, subfolder=None, **source):
+        """The tokenizer of a checkpoint; the arguments and errors are those of checkpoints.hub.resolve.
+
+        Reads vocab.json and merges.txt, or tokenizer.json, and beside them tokenizer_config.json,
+        special_tokens_map.json (which wins: SD 2's two disagree on the pad token) and added_tokens.json, if
+        present.
+        """
+        folder = hub.resolve(name_or_path, _tokenizer_files, subfolder, **source)
+        config, special, added, whole = (
+            layout.read_json(folder / name) if (folder / name).exists() else {} for name in _OPTIONAL_FILES
+        )
+        try:
+            if (folder / "vocab.json").exists():
+                vocab, merges = layout.read_json(folder / "vocab.json"), folder / "merges.txt"
+            else:
+                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+                merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
+            return cls(vocab, merges, **_token_options(len(vocab), config, special, added, whole))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder}: the tokenizer's files do not have the expected form ({error!r})"
+            ) from error
+
+    def save_pretrained(self, save_directory):
+        """Writes vocab.json, merges.txt and the rest as published checkpoints have them; transformers reads them."""
+        folder = Path(save_directory)
+        tokens = {role: _as_json(token) for role, token in self._special.items()}
+        layout.write_text(folder / "vocab.json", json.dumps(self._vocab, ensure_ascii=False))
+        layout.write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *self._merges, ""]))
+        write_json(folder / "special_tokens_map.json", tokens)
+        if self._added:
+            extra = [_added_token(token).content for token in self._added]
+            write_json(
+                folder / "added_tokens.json", {text: self.vocab_size + i for i, text in enumerate(extra)}
+            )
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.model_max_length,
+            "do_lower_case": True,
+        }
+        write_json(
+            folder / "tokenizer_config.json",
+            config | tokens | {"add_prefix_space": False, "errors": "replace"},
+        )
+
+
+_OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _tokenizer_files(names, where):
+    """The files that from_pretrained reads, of those in a tokenizer's folder."""
+    if "vocab.json" in names or "tokenizer.json" not in names:
+        needed = [hub.one_of(names, where, "vocab.json"), hub.one_of(names, where, "merges.txt")]
+    else:
+        needed = []
+    return needed + [name for name in _OPTIONAL_FILES if name in names]
+
+
+def _token_options(size, config, special, added, whole):
+    """The arguments of CLIPTokenizer beside a vocabulary of some size, from the contents of the optional files."""
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    # files since 2023 list every token with its flags in the config, and special_tokens_map.json is then
+    # obsolete
+    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    tokens = {role: config.get(role) for role in roles}
+    if not listed:
+        tokens |= {role: special[role] for role in roles if role in special}
+        listed = {token["id"]: token for token in whole.get("added_tokens", [])}
+        listed |= {i: text for text, i in added.items()}
+    flags = {token["content"]: token for token in listed.values() if isinstance(token, dict)}
+    tokens = {role: flags.get(_added_token(token).content, token) for role, token in tokens.items() if token}
+    extra = {i: token for i, token in sorted(listed.items()) if i >= size}
+    if list(extra) != list(range(size, size + len(extra))):
+        raise CheckpointError(
+            f"CLIPTokenizer: added tokens must follow the vocabulary's {size} ids, not be {list(extra)}"
+        )
+    longest = config.get("model_max_length", 77)
+    # transformers writes 1e30 for "unknown"
+    return tokens | {"added_tokens": extra.values(), "model_max_length": longest if longest < 10**9 else 77}
+
+
+def _added_token(token, special=False) -> AddedToken:
+    """A token for the tokenizers library, from its text or from a dict with flags."""
+    if isinstance(token, str):
+        return AddedToken(token, special=special)  # found as written only, if special
+    flags = {flag: bool(token[flag]) for flag in _TOKEN_FLAGS if flag in token}
+    return AddedToken(token["content"], **flags | ({"special": True} if special else {}))
+
+
+def _as_json(token):
+    """A special token as published files hold it."""
+    if isinstance(token, str):
+        return token
+    return {"content": token["content"]} | {flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS[:4]}
+
+
+def _read_merges(path) -> list[str]:
+    lines = layout.read_text(path).replace("\r\n", "\n").split("\n")
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def _check_vocabulary(vocab, merges):
+    """CheckpointError unless ids count up from 0 and the vocabulary has both halves and the result of every merge."""
+    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
+        raise CheckpointError(
+            "CLIPTokenizer: the ids of a vocabulary must be 0, 1, 2, ..., each of them once"
+        )
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise CheckpointError(
+                f"CLIPTokenizer: the vocabulary lacks a part or the result of the merge {merge!r}"
+            )

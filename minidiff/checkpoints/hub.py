@@ -1,0 +1,168 @@
+"""A name to local files, without torch: a checkpoint that ships, a folder, or a repository of the hub.
+
+The only file that touches the network. Pipelines and schedulers use `read_json` and `part_subfolder`, models
+`resolve`. The four arguments that all of them share: revision, a branch, tag or commit; cache_dir,
+huggingface_hub's own cache if None; local_files_only, to ask nobody (HF_HUB_OFFLINE=1 does the same); token,
+for gated and private repositories.
+"""
+
+import errno
+import glob
+import logging
+import os
+import re
+from pathlib import Path
+
+from minidiff.checkpoints import layout
+from minidiff.checkpoints.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = Path(__file__).resolve().parent.parent / "weights"
+BUILT_IN_NAMES = ("scenes", "scenes-ddpm")
+
+
+def resolve(
+    name_or_path,
+    choose,
+    subfolder=None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """The local folder (with subfolder) of a checkpoint, where the files that choose named are present.
+
+    name_or_path: "scenes" or "scenes-ddpm", which ship (write "./scenes" for a folder of that name); a
+    folder; or a repository id "owner/name". choose(names, where) gets the file names in that folder and the
+    words for it in errors, and returns the needed ones or raises CheckpointError: only those are fetched.
+    From the hub the newest state is fetched; if nobody can be reached, what the cache holds is used.
+    CheckpointError: no such checkpoint, folder, repository or revision; a gated one; no network; no such
+    file.
+    """
+    if subfolder:
+        layout.inside("", subfolder)
+    folder = _local_folder(name_or_path)
+    if folder is None:
+        place = {"revision": revision, "cache_dir": cache_dir}
+        return _from_hub(name_or_path, choose, subfolder, local_files_only, token, place)
+    return _chosen(folder, choose, subfolder)
+
+
+def read_json(name_or_path, filename, subfolder=None, **source) -> dict:
+    """One JSON file of a checkpoint, such as "model_index.json"; arguments and errors as for resolve."""
+    return layout.read_json(resolve(name_or_path, lambda names, where: [one_of(names, where, filename)], subfolder,
+                                    **source) / filename)  # fmt: skip
+
+
+def part_subfolder(name_or_path, part, **source) -> str | None:
+    """Where a part of a pipeline lies: the folder of its name, or None, the root, if there is no such folder.
+
+    The oldest DDPM repositories keep all parts in the root, although their model_index.json names them.
+    """
+    found = []
+
+    def look(names, where):
+        found.extend(name for name in names if name == f"{part}/")
+        return []
+
+    resolve(name_or_path, look, **source)
+    return part if found else None
+
+
+def one_of(names, where, *accepted) -> str:
+    """The first of the accepted names that is in names; CheckpointError if none is."""
+    for name in accepted:
+        if name in names:
+            return name
+    raise CheckpointError(f"{where} has no {' or '.join(accepted)}")
+
+
+def _local_folder(name_or_path):
+    """The folder of a built-in name or a path; None for a repository id."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"a checkpoint is named by a str or a path, not {type(name_or_path).__name__}")
+    name = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and name in BUILT_IN_NAMES:
+        return BUILT_IN / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(
+            f"{name} is a file; from_pretrained takes the folder that holds config.json and the weights"
+        )
+    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return None
+    raise CheckpointError(f"there is no checkpoint {name!r}: no folder of that name, none that ships ("
+                          f"{', '.join(BUILT_IN_NAMES)}), and no repository id of the form owner/name")  # fmt: skip
+
+
+def _chosen(folder, choose, subfolder, note=""):
+    """folder/subfolder, after choose has found what it needs in it and no name leads out of folder."""
+    directory = layout.inside(folder, subfolder) if subfolder else folder
+    if not directory.is_dir():
+        raise CheckpointError(f"{folder}{note} has no folder {subfolder!r}")
+    with os.scandir(directory) as entries:
+        names = {entry.name + "/" * entry.is_dir() for entry in entries}
+    for name in choose(names, f"{directory}{note}"):
+        layout.inside(folder, f"{subfolder}/{name}" if subfolder else name)
+    return directory
+
+
+def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):
+    """resolve for a repository id; place is revision and cache_dir."""
+    # imported here: half a second that nobody with a local checkpoint needs
+    from huggingface_hub import errors, snapshot_download
+
+    note, cause = "local_files_only=True", None
+    if not local_files_only:
+        try:
+            return _fetch(repo_id, choose, subfolder, token, place)
+        except errors.HFValidationError as error:
+            raise CheckpointError(f"{repo_id!r} is no repository id: {error}") from error
+        # huggingface_hub raises its own errors and those of httpx or requests, whichever it is built on
+        except (OSError, *errors.HfHubHTTPError.__bases__) as error:
+            note, cause = _explain(error, repo_id, place["revision"]), error
+    try:
+        snapshot = snapshot_download(repo_id, allow_patterns=[], local_files_only=True, **place)
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: {note}; and it is not in the cache") from cause or error
+    directory = _chosen(Path(snapshot), choose, subfolder, f" (as cached; {note})")
+    if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
+        logger.warning("%s: %s; using the copy in the cache", repo_id, note)
+    return directory
+
+
+def _fetch(repo_id, choose, subfolder, token, place):
+    """Asks the hub for the repository's file names, and fetches those that choose picks and the cache lacks."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    where, prefix = f"{repo_id} on the hub", f"{subfolder}/" if subfolder else ""
+    info = HfApi(token=token).model_info(repo_id, revision=place["revision"])
+    below = [f.rfilename.removeprefix(prefix) for f in info.siblings if f.rfilename.startswith(prefix)]
+    if not below:
+        raise CheckpointError(f"{where} has no folder {subfolder!r}")
+    names = {name.partition("/")[0] + "/" * ("/" in name) for name in below}
+    wanted = [glob.escape(prefix + name) for name in choose(names, where)]
+    return Path(snapshot_download(repo_id, allow_patterns=wanted, token=token, **place), subfolder or "")
+
+
+def _explain(error, repo_id, revision) -> str:
+    """Why the hub gave nothing, in words that say what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated: accept its conditions on its page of the hub, then pass token= or run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private: check the name, or pass token="
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answered with HTTP status {error.response.status_code}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk of the cache is full; make room, or pass cache_dir="
+    return f"the hub can't be reached ({type(error).__name__}: {error})"
