@@ -1,8 +1,8 @@
 """Attention and group norm, each in three versions; the caller names one, and nothing is replaced in silence.
 
 `"reference"` is the formula, in any precision; `"torch"` PyTorch's fused functions; `"triton"` the kernels of
-`minidiff_kernels`, for a GPU. Read the reference versions first. Layers keep the name of their version in `.backend`;
-`use_backend` sets it. Scores, softmax, means and variances are accumulated in float32 or wider by every version.
+`minidiff_kernels`, for a GPU. Read the reference versions first. Layers keep the name of their version in
+`.backend`; `use_backend` sets it. Every version has scores, softmax, means and variances in float32 or wider.
 """
 
 import math
@@ -19,14 +19,14 @@ class BackendUnavailable(RuntimeError):
 
 
 def attention(q, k, v, mask=None, backend: str = "torch") -> torch.Tensor:
-    """softmax(q kᵀ / √D + mask) v: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+    """softmax(q kᵀ / √D + mask) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
     q (B, heads, T, D), k and v (B, heads, S, D), one floating dtype -> (B, heads, T, D). mask broadcasts to
-    (B, heads, T, S): bool, True where q may look, or float, added to the scores. A row that may look nowhere gives 0.
-    Raises ValueError for shapes that do not fit, BackendUnavailable if the backend can't run here.
+    (B, heads, T, S): bool, True where q may look, or float, added to the scores. A row that may look nowhere
+    gives 0. Raises ValueError for shapes that don't fit, BackendUnavailable if the backend can't run here.
     """
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; "
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit; "
                          "expected q (B, heads, T, D) and k, v (B, heads, S, D)")  # fmt: skip
     if backend == "torch":
         if mask is not None and mask.dtype != torch.bool:
@@ -53,10 +53,10 @@ def _attention_reference(q, k, v, mask):
 
 
 def group_norm(x, num_groups, weight, bias, eps, silu: bool = False, backend: str = "torch") -> torch.Tensor:
-    """(x - mean) / √(variance + eps) · weight + bias, per image and group (Wu & He 2018, arXiv 1803.08494, eq. 1).
+    """(x - mean) / √(variance + eps) · weight + bias, per image and group (Wu & He 2018, arXiv 1803.08494).
 
-    x (B, C, H, W), contiguous or channels_last; weight and bias (C,). The C channels form num_groups groups of
-    neighbours. silu: multiply the result y by sigmoid(y). -> x's shape and dtype.
+    x (B, C, H, W), contiguous or channels_last; weight and bias (C,) -> the same shape. The channels form
+    num_groups groups of neighbours. silu: the result y is multiplied by sigmoid(y).
     Raises ValueError if num_groups does not divide C, BackendUnavailable if the backend can't run here.
     """
     if x.shape[1] % num_groups:
@@ -85,10 +85,12 @@ def _group_norm_reference(x, num_groups, weight, bias, eps, silu):
 def use_backend(module, attention: str | None = None, group_norm: str | None = None):
     """Sets the backend of all attention and group norm layers in module; returns module.
 
-    attention, group_norm: "reference", "torch" or "triton"; None leaves the layers as they are. Raises ValueError for
-    another name, and BackendUnavailable, before anything is changed, if the backend can't run here.
+    attention, group_norm: "reference", "torch" or "triton"; None leaves these layers as they are. Raises
+    ValueError for another name and BackendUnavailable if it can't run where module is; nothing is changed
+    then.
     """
-    chosen = {op: name for op, name in (("attention", attention), ("group_norm", group_norm)) if name is not None}
+    asked = {"attention": attention, "group_norm": group_norm}
+    chosen = {op: name for op, name in asked.items() if name is not None}
     for op, name in chosen.items():
         _check_backend(name)
         if name == "triton":
@@ -109,7 +111,7 @@ def available_backends(device="cpu") -> tuple[str, ...]:
 
 
 def default_backend(device) -> str:
-    """The rule that a model applies when it moves: "triton" on a GPU where the kernels can run, else "torch"."""
+    """The rule for a model that moves: "triton" on a GPU where the kernels are there, else "torch"."""
     on_gpu = torch.device(device).type == "cuda"
     return "triton" if on_gpu and "triton" in available_backends(device) else "torch"
 
@@ -126,9 +128,9 @@ def _kernel(op, tensor):
 
         kernel = getattr(minidiff_kernels, op)
     except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(f'{op}: backend "triton" needs the kernels of minidiff_kernels, which are not here '
+        raise BackendUnavailable(f'{op}: backend "triton" needs minidiff_kernels, which is not usable here '
                                  f'({error}). Use backend="torch".') from error  # fmt: skip
     if tensor is not None and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {tensor.device}. Use backend="torch", or set '
-                                 "TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
+        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {tensor.device}. Use backend="torch"'
+                                 ", or set TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
     return kernel

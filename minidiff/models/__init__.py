@@ -1,4 +1,4 @@
-"""The networks: `layers.py` first, then `unet.py`, `vae.py`, `clip.py`; `unet_ddpm.py` is the one without text."""
+"""The networks: read `layers.py`, then `unet.py`, `vae.py` and `clip.py`; `unet_ddpm.py` has no text."""
 
 import importlib
 
@@ -15,5 +15,5 @@ __all__ = list(_WHERE)
 
 def __getattr__(name):  # lazy, as in minidiff itself: the tokenizer alone needs none of the networks
     if name not in _WHERE:
-        raise AttributeError(f"module 'minidiff.models' has no attribute {name!r}; it exports {', '.join(_WHERE)}")
+        raise AttributeError(f"module 'minidiff.models' has no {name!r}; it exports {', '.join(_WHERE)}")
     return getattr(importlib.import_module(f"minidiff.models.{_WHERE[name]}"), name)

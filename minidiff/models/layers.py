@@ -1,8 +1,9 @@
-"""The layers that the models share: group norm, attention, residual blocks, resampling, the timestep embedding.
+"""The layers that the models share: group norm, attention, residual blocks, resampling, embeddings.
 
-Attributes are named as the tensors in published checkpoints. Read `ResnetBlock2D` and `Attention` first; a level of a
-U-Net (`DownBlock2D`, `UpBlock2D`) is a row of them. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B),
-attention (Vaswani et al. 2017, arXiv 1706.03762), scale and shift by time (Dhariwal & Nichol 2021, arXiv 2105.05233).
+Attributes are named as the tensors in published checkpoints. Read `ResnetBlock2D` and `Attention` first; a
+level of a U-Net (`DownBlock2D`, `UpBlock2D`) is a row of them, and `down_path` and `up_path` build all
+levels. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B), attention (Vaswani et al. 2017, arXiv
+1706.03762), scale and shift by time (Dhariwal & Nichol 2021, arXiv 2105.05233).
 """
 
 import math
@@ -17,7 +18,7 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, 
 
 
 class Output(dict):
-    """What a model returns: a dict whose values are attributes and positions too (out.sample, out["sample"], out[0])."""
+    """What a model returns: a dict with attributes and positions, out.sample is out["sample"] and out[0]."""
 
     def __getattr__(self, name):
         try:
@@ -29,6 +30,7 @@ class Output(dict):
         return self.to_tuple()[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
     def to_tuple(self) -> tuple:
+        """The values in order, as with return_dict=False."""
         return tuple(self.values())
 
 
@@ -92,7 +94,7 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(Attention):
-    """Self-attention between the pixels of an image, with its own norm and residual: (B, C, H, W) -> (B, C, H, W).
+    """Self-attention between pixels, with its own norm and residual: (B, C, H, W) -> (B, C, H, W).
 
     head_dim None: one head. groups None: no norm. scale_factor divides the sum of input and result.
     """
@@ -101,7 +103,7 @@ class AttentionBlock(Attention):
         head_dim = head_dim or channels
         if channels % head_dim:
             raise ValueError(f"attention: {channels} channels can't be split into heads of {head_dim}; "
-                             "attention_head_dim must divide the channels of every level with attention")  # fmt: skip
+                             "attention_head_dim must divide the channels")  # fmt: skip
         super().__init__(channels, channels // head_dim, qkv_bias=True)
         self.scale_factor = scale_factor
         self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
@@ -114,10 +116,11 @@ class AttentionBlock(Attention):
 
 
 class ResnetBlock2D(nn.Module):
-    """Two 3 × 3 convolutions with norm and activation before each, around them a residual; time enters in between.
+    """Two 3 × 3 convolutions, norm and activation before each, with a residual; time enters in between.
 
-    x (B, C_in, H, W), temb (B, temb_channels) or None -> (B, C_out, H, W). Time is added to the channels, or with
-    scale_shift scales and shifts them after the second norm. scale_factor divides the sum of input and result.
+    x (B, C_in, H, W), temb (B, temb_channels) or None -> (B, C_out, H, W). Time is added to the channels, or
+    with scale_shift scales and shifts them after the second norm. scale_factor divides the sum of input and
+    result.
     """
 
     def __init__(self, in_channels, out_channels, *, temb_channels=None, groups, eps, act_fn="silu",
@@ -189,7 +192,7 @@ def timestep_embedding(timesteps, dim, flip_sin_to_cos, freq_shift):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with an activation: (B, in_channels) -> (B, dim); condition (B, cond_proj_dim) is optional."""
+    """Two linear layers: (B, in_channels) -> (B, dim). condition: None, or (B, cond_proj_dim) to be added."""
 
     def __init__(self, in_channels, dim, act_fn="silu", cond_proj_dim=None):
         super().__init__()
@@ -207,10 +210,11 @@ class TimestepEmbedding(nn.Module):
 
 
 class DownBlock2D(nn.Module):
-    """One level on the way down: resnets, each followed by its attention if there are any, then the downsampler.
+    """One level on the way down: resnets, each followed by its attention if it has one, then the downsampler.
 
-    hidden_states (B, C_in, H, W), temb (B, D); context: what the attentions take besides hidden_states.
-    -> hidden_states (B, C, H/2, W/2) and the skips: every intermediate result, for the level's mirror on the way up.
+    hidden_states (B, C_in, H, W), temb (B, D); context: what the attentions take besides hidden_states. ->
+    hidden_states (B, C, H/2, W/2) and the skips: every intermediate result, for the level's mirror on the way
+    up.
     """
 
     def __init__(self, resnets, attentions=(), downsampler=None):
@@ -252,8 +256,8 @@ class MidBlock2D(nn.Module):
 class UpBlock2D(nn.Module):
     """One level on the way up, DownBlock2D's mirror: every resnet also sees the newest of the skips.
 
-    hidden_states (B, C_in, H, W), temb (B, D); skips: a list, of which one entry per resnet is taken off the end.
-    -> (B, C, 2H, 2W), or the size of the next skip where H or W was odd on the way down.
+    hidden_states (B, C_in, H, W), temb (B, D); skips: a list, of which one entry per resnet is taken off the
+    end. -> (B, C, 2H, 2W), or the size of the next skip where H or W was odd on the way down.
     """
 
     def __init__(self, resnets, attentions=(), upsampler=None):
@@ -272,11 +276,11 @@ class UpBlock2D(nn.Module):
         return hidden_states
 
 
-def down_path(resnet, attentions, block_out_channels, layers_per_block, downsample_padding):
-    """The levels on the way down, and the channels of every skip: block_out_channels[0] is the first, from conv_in.
+def down_path(resnet, attentions, block_out_channels, layers_per_block, padding):
+    """The levels on the way down, and the channels of every skip, conv_in's first.
 
-    resnet(in_channels, out_channels) makes a resnet, attentions[level]() an attention (None: none at that level).
-    layers_per_block: a list of one number per level.
+    resnet(in_channels, out_channels) makes a resnet, attentions[level]() an attention (None: none at that
+    level); block_out_channels and layers_per_block have one entry per level; padding is Downsample2D's.
     """
     blocks, before = nn.ModuleList(), block_out_channels[0]
     skip_channels = [before]
@@ -284,7 +288,7 @@ def down_path(resnet, attentions, block_out_channels, layers_per_block, downsamp
     for level, (channels, num_layers) in enumerate(zip(block_out_channels, layers_per_block, strict=True)):
         resnets = [resnet(before if i == 0 else channels, channels) for i in range(num_layers)]
         attend = attentions[level]
-        downsampler = Downsample2D(channels, downsample_padding) if level < lowest else None
+        downsampler = Downsample2D(channels, padding) if level < lowest else None
         blocks.append(DownBlock2D(resnets, [attend() for _ in resnets] if attend else [], downsampler))
         skip_channels += [channels] * (num_layers + (level < lowest))
         before = channels
@@ -292,7 +296,7 @@ def down_path(resnet, attentions, block_out_channels, layers_per_block, downsamp
 
 
 def up_path(resnet, attentions, block_out_channels, layers_per_block, skip_channels):
-    """The levels on the way up: per level one resnet more than on the way down. Arguments as those of down_path."""
+    """The levels on the way up, each with one resnet more than on the way down. Arguments: see down_path."""
     blocks, before = nn.ModuleList(), block_out_channels[-1]
     skip_channels = list(skip_channels)
     for level, channels in reversed(list(enumerate(block_out_channels))):
@@ -306,6 +310,11 @@ def up_path(resnet, attentions, block_out_channels, layers_per_block, skip_chann
     return blocks
 
 
+def makers_at(kind, block_types, makers):
+    """The makers of those levels whose block type is kind, None for others: the attentions of down_path."""
+    return [maker if block == kind else None for block, maker in zip(block_types, makers, strict=True)]
+
+
 def as_timesteps(timestep, sample):
     """timestep, a number, NumPy scalar, 0-d or (B,) tensor, as (B,) on the device of sample (B, …).
 
@@ -314,12 +323,13 @@ def as_timesteps(timestep, sample):
     dtype = timestep.dtype if torch.is_tensor(timestep) else torch.float32
     timesteps = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
     if timesteps.numel() not in (1, len(sample)):
-        raise ValueError(f"timestep has {timesteps.numel()} entries for a batch of {len(sample)}; give one, or one each")
+        raise ValueError(f"timestep has {timesteps.numel()} entries for a batch of {len(sample)}; "
+                         "give one number, or one per picture")  # fmt: skip
     return timesteps.flatten().expand(len(sample))
 
 
 def embed_class(class_embedding, class_labels, temb):
-    """temb (B, D) plus the embedding of class_labels, int (B,); both or none of embedding and labels are there."""
+    """temb (B, D) plus the embedding of class_labels, int (B,). Raises ValueError if only one is there."""
     if class_embedding is None and class_labels is None:
         return temb
     if class_embedding is None:
@@ -339,5 +349,13 @@ def check_levels(owner, block_out_channels, **block_types):
         if len(types) != len(block_out_channels):
             raise ValueError(f"{owner}: {name} has {len(types)} entries, block_out_channels has "
                              f"{len(block_out_channels)}; give one type per level")  # fmt: skip
-        for unknown in set(types) - set(known):
-            raise ValueError(f"{owner}: {name} {unknown!r} is not implemented; minidiff knows {', '.join(known)}")
+        for kind in types:
+            check_choice(owner, name, kind, *known)
+
+
+def check_choice(owner, name, value, *known):
+    """value; raises ValueError unless it is one of the known values of the option name."""
+    if value not in known:
+        choices = ", ".join(repr(choice) for choice in known)
+        raise ValueError(f"{owner}: {name}={value!r} is not implemented; minidiff knows {choices}")
+    return value

@@ -1,11 +1,12 @@
-"""UNet2DConditionModel: predicts the noise in a latent from the latent, the time and a text; the heart of Stable Diffusion.
+"""UNet2DConditionModel: predicts the noise in a latent, given the time and a text: Stable Diffusion.
 
-Read `UNet2DConditionModel.forward` first, then `Transformer2DModel`, where the pixels look at each other and at the
-text. The U-Net of DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B) with the cross-attention of latent diffusion
-(Rombach et al. 2022, arXiv 2112.10752, section 3.3 and appendix E.2.1).
+Read `UNet2DConditionModel.forward` first, then `Transformer2DModel`, where the pixels look at each other and
+at the text. The U-Net of DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B) with the cross-attention of
+latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.3 and appendix E.2.1).
 """
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ from minidiff.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     as_timesteps,
+    check_choice,
     check_levels,
     down_path,
     embed_class,
+    makers_at,
     timestep_embedding,
     up_path,
 )
@@ -31,75 +34,70 @@ from minidiff.models.layers import (
 class UNet2DConditionModel(PretrainedModel):
     """Text-conditional U-Net of Stable Diffusion 1, 2, XL, turbo and their inpainting variants.
 
-    Options are diffusers', each int or list of one per level where a plural makes sense: layers_per_block,
-    cross_attention_dim, transformer_layers_per_block, only_cross_attention and attention_head_dim, which is the
-    *number of heads*: a misnomer too widely used to mend (diffusers #2011). norm_eps is that of the resnets; the norms
-    of transformers have 1e-6. upcast_attention asks for attention scores in float32, which ops.attention always has.
-    Raises ValueError for a value that is not implemented.
+    Options are diffusers'. layers_per_block, cross_attention_dim, transformer_layers_per_block,
+    only_cross_attention and attention_head_dim are one value or a list of one per level. attention_head_dim
+    is the *number of heads*: a wrong name too widely used to mend (diffusers #2011). norm_eps is for the
+    resnets; the norms of the transformers have 1e-6. upcast_attention asks for attention scores in float32;
+    they always are. Raises ValueError for a value that is not implemented.
     """
 
-    fixed_options = {
+    fixed_options: ClassVar = {
         "attention_type": "default", "addition_embed_type_num_heads": 64, "class_embed_type": None,
-        "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
-        "dropout": 0.0, "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-        "mid_block_only_cross_attention": None, "num_attention_heads": None, "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
-        "reverse_transformer_layers_per_block": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
-        "time_embedding_type": "positional", "timestep_post_act": None,
+        "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
+        "cross_attention_norm": None, "dropout": 0.0, "dual_cross_attention": False, "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None, "num_attention_heads": None,
+        "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+        "reverse_transformer_layers_per_block": None, "time_embedding_act_fn": None,
+        "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
     }  # fmt: skip
 
     def __init__(
-        self, *, sample_size=None, in_channels=4, out_channels=4, center_input_sample=False, flip_sin_to_cos=True,
-        freq_shift=0, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        self, *, sample_size=None, in_channels=4, out_channels=4, center_input_sample=False,
+        flip_sin_to_cos=True, freq_shift=0, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn", up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         only_cross_attention=False, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
         downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32, norm_eps=1e-5,
-        cross_attention_dim=1280, transformer_layers_per_block=1, attention_head_dim=8, use_linear_projection=False,
-        addition_embed_type=None, addition_time_embed_dim=None, num_class_embeds=None, upcast_attention=False,
-        time_cond_proj_dim=None, projection_class_embeddings_input_dim=None,
+        cross_attention_dim=1280, transformer_layers_per_block=1, attention_head_dim=8,
+        use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None,
+        num_class_embeds=None, upcast_attention=False, time_cond_proj_dim=None,
+        projection_class_embeddings_input_dim=None,
     ):  # fmt: skip
         super().__init__()
-        owner = type(self).__name__
-        check_levels(owner, block_out_channels,
+        check_levels("UNet2DConditionModel", block_out_channels,
                      down_block_types=(down_block_types, ["DownBlock2D", "CrossAttnDownBlock2D"]),
                      up_block_types=(up_block_types, ["UpBlock2D", "CrossAttnUpBlock2D"]))  # fmt: skip
-        per_level = partial(_per_level, owner, len(block_out_channels))
+        choice = partial(check_choice, "UNet2DConditionModel")
+        per_level = partial(_per_level, len(block_out_channels))
         layers = per_level("layers_per_block", layers_per_block)
         heads = per_level("attention_head_dim", attention_head_dim)
         depths = per_level("transformer_layers_per_block", transformer_layers_per_block)
         text_channels = per_level("cross_attention_dim", cross_attention_dim)
         only_cross = per_level("only_cross_attention", only_cross_attention)
-        transformers = [  # one maker of transformers per level
-            partial(Transformer2DModel, channels, heads[i], depths[i], text_channels[i], groups=norm_num_groups,
-                    use_linear_projection=use_linear_projection, only_cross_attention=only_cross[i])
+        first, last, temb_channels = block_out_channels[0], block_out_channels[-1], 4 * block_out_channels[0]
+        resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=norm_num_groups, eps=norm_eps,
+                         act_fn=act_fn)  # fmt: skip
+        transformers = [  # one maker per level
+            partial(Transformer2DModel, channels, heads[i], depths[i], text_channels[i],
+                    groups=norm_num_groups, use_linear_projection=use_linear_projection,
+                    only_cross_attention=only_cross[i])
             for i, channels in enumerate(block_out_channels)
         ]  # fmt: skip
-        first, last = block_out_channels[0], block_out_channels[-1]
-        temb_channels = 4 * first
-        resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=norm_num_groups, eps=norm_eps, act_fn=act_fn)
 
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, temb_channels, act_fn, time_cond_proj_dim)
-        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, temb_channels)
+        self.class_embedding = nn.Embedding(num_class_embeds, temb_channels) if num_class_embeds else None
         self.add_embedding = None
-        if addition_embed_type == "text_time":  # SDXL: a vector for the text, and the sizes of picture and crop
+        if choice("addition_embed_type", addition_embed_type, None, "text_time") is not None:
+            _check_text_time(addition_time_embed_dim, projection_class_embeddings_input_dim)
             self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, temb_channels)
-        elif addition_embed_type is not None:
-            raise ValueError(f"{owner}: addition_embed_type={addition_embed_type!r} is not implemented; "
-                             "minidiff knows None and 'text_time'")  # fmt: skip
-        attends = [kind == "CrossAttnDownBlock2D" for kind in down_block_types]
-        self.down_blocks, skips = down_path(
-            resnet, _where(attends, transformers), block_out_channels, layers, downsample_padding
-        )
+        at = makers_at("CrossAttnDownBlock2D", down_block_types, transformers)
+        self.down_blocks, skips = down_path(resnet, at, block_out_channels, layers, downsample_padding)
         self.mid_block = None
-        if mid_block_type == "UNetMidBlock2DCrossAttn":
+        if choice("mid_block_type", mid_block_type, None, "UNetMidBlock2DCrossAttn") is not None:
             resnets = [resnet(last, last, scale_factor=mid_block_scale_factor) for _ in range(2)]
             self.mid_block = MidBlock2D(resnets, [transformers[-1](only_cross_attention=False)])
-        elif mid_block_type is not None:
-            raise ValueError(f"{owner}: mid_block_type={mid_block_type!r} is not implemented; "
-                             "minidiff knows None and 'UNetMidBlock2DCrossAttn'")  # fmt: skip
-        attends = [kind == "CrossAttnUpBlock2D" for kind in reversed(up_block_types)]
-        self.up_blocks = up_path(resnet, _where(attends, transformers), block_out_channels, layers, skips)
+        at = makers_at("CrossAttnUpBlock2D", reversed(up_block_types), transformers)
+        self.up_blocks = up_path(resnet, at, block_out_channels, layers, skips)
         self.conv_norm_out = GroupNorm(norm_num_groups, first, norm_eps, act_fn)
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
 
@@ -112,11 +110,12 @@ class UNet2DConditionModel(PretrainedModel):
         """The predicted noise (or v, or x0: as the scheduler's prediction_type says) in sample.
 
         sample (B, in_channels, H, W); timestep: a number or (B,), fractions are kept; encoder_hidden_states
-        (B, S, cross_attention_dim) -> Output with sample (B, out_channels, H, W). Optional:
-        class_labels int (B,), needed with num_class_embeds; timestep_cond (B, time_cond_proj_dim); added_cond_kwargs with
-        text_embeds (B, E) and time_ids (B, 6), needed with "text_time"; attention_mask (B, H*W) and
-        encoder_attention_mask (B, S), 1 = look, 0 = don't; the residuals of a ControlNet, one per skip and one for the
-        middle. Raises ValueError for a condition that is missing or that this model can't use.
+        (B, S, cross_attention_dim) -> Output with sample (B, out_channels, H, W). H and W may be odd.
+        Optional: class_labels int (B,), needed with num_class_embeds; timestep_cond (B, time_cond_proj_dim);
+        added_cond_kwargs with text_embeds (B, E) and time_ids (B, 6), needed with "text_time"; attention_mask
+        (B, H*W) and encoder_attention_mask (B, S), 1 = look, 0 = don't; a ControlNet's residuals, one per
+        skip and one for the middle. Raises ValueError for a condition that is missing or that this model
+        can't use.
         """
         _refuse(cross_attention_kwargs=cross_attention_kwargs,
                 down_intrablock_additional_residuals=down_intrablock_additional_residuals)  # fmt: skip
@@ -126,7 +125,8 @@ class UNet2DConditionModel(PretrainedModel):
         temb = embed_class(self.class_embedding, class_labels, temb)
         if self.add_embedding is not None:
             temb = temb + self._embed_text_time(added_cond_kwargs or {}, temb)
-        context = (encoder_hidden_states, _bias(attention_mask, sample), _bias(encoder_attention_mask, sample))
+        masks = _bias(attention_mask, sample), _bias(encoder_attention_mask, sample)
+        context = (encoder_hidden_states, *masks)
 
         hidden_states = self.conv_in(sample)  # (B, block_out_channels[0], H, W)
         skips = [hidden_states]
@@ -134,7 +134,7 @@ class UNet2DConditionModel(PretrainedModel):
             hidden_states, more = block(hidden_states, temb, *context)
             skips += more
         if down_block_additional_residuals is not None:
-            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
+            skips = _with_residuals(skips, down_block_additional_residuals)
         if self.mid_block is not None:
             hidden_states = self.mid_block(hidden_states, temb, *context)
         if mid_block_additional_residual is not None:
@@ -151,7 +151,7 @@ class UNet2DConditionModel(PretrainedModel):
         return self.time_embedding(waves.to(sample.dtype), timestep_cond)
 
     def _embed_text_time(self, added_cond_kwargs, temb):
-        """SDXL's further conditions (Podell et al. 2023, arXiv 2307.01952, section 2.2): (B, 4 * block_out_channels[0])."""
+        """SDXL's text vector, picture and crop sizes (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
         missing = {"text_embeds", "time_ids"} - set(added_cond_kwargs)
         if missing:
             raise ValueError(f"{type(self).__name__} with addition_embed_type='text_time' needs "
@@ -162,29 +162,30 @@ class UNet2DConditionModel(PretrainedModel):
             time_ids.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift
         )
         waves = waves.reshape(len(text_embeds), -1)  # (B, 6 * addition_time_embed_dim)
-        return self.add_embedding(torch.cat([text_embeds, waves.to(text_embeds.dtype)], dim=-1).to(temb.dtype))
+        added = torch.cat([text_embeds, waves], dim=-1)  # (B, projection_class_embeddings_input_dim)
+        return self.add_embedding(added.to(temb.dtype))  # (B, 4 * block_out_channels[0])
 
 
 class Transformer2DModel(nn.Module):
     """Transformer blocks on an image's pixels as tokens, in a residual: (B, C, H, W) -> (B, C, H, W).
 
-    encoder_hidden_states (B, S, encoder_channels); masks as in ops.attention. use_linear_projection: the projections
-    at both ends are linear layers (SD 2, SDXL) instead of 1 × 1 convolutions (SD 1): the same numbers, other shapes.
+    encoder_hidden_states (B, S, encoder_channels); masks as in ops.attention. use_linear_projection: the
+    projections at both ends are linear layers (SD 2, SDXL) instead of 1 × 1 convolutions (SD 1), which
+    compute the same.
     """
 
-    def __init__(self, channels, num_heads, num_layers, encoder_channels, *, groups, use_linear_projection=False,
-                 only_cross_attention=False):  # fmt: skip
+    def __init__(self, channels, num_heads, num_layers, encoder_channels, *, groups,
+                 use_linear_projection=False, only_cross_attention=False):  # fmt: skip
         super().__init__()
         self.use_linear_projection = use_linear_projection
         project = nn.Linear if use_linear_projection else partial(nn.Conv2d, kernel_size=1)
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, num_heads, encoder_channels, only_cross_attention) for _ in range(num_layers)
-        )
+        block = partial(BasicTransformerBlock, channels, num_heads, encoder_channels, only_cross_attention)
+        self.transformer_blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.proj_out = project(channels, channels)
 
-    def forward(self, x, encoder_hidden_states=None, attention_mask=None, encoder_attention_mask=None):
+    def forward(self, x, encoder_hidden_states, *masks):
         size, linear = x.shape[2:], self.use_linear_projection
         hidden_states = self.norm(x)
         if not linear:
@@ -193,7 +194,7 @@ class Transformer2DModel(nn.Module):
         if linear:
             hidden_states = self.proj_in(hidden_states)
         for block in self.transformer_blocks:
-            hidden_states = block(hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask)
+            hidden_states = block(hidden_states, encoder_hidden_states, *masks)
         if linear:
             hidden_states = self.proj_out(hidden_states)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
@@ -203,7 +204,7 @@ class Transformer2DModel(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Tokens look at each other, then at the text, then pass a feed-forward layer: (B, T, C) -> (B, T, C).
 
-    only_cross_attention: they look at the text both times.
+    text (B, S, encoder_channels). only_cross_attention: they look at the text both times.
     """
 
     def __init__(self, channels, num_heads, encoder_channels, only_cross_attention):
@@ -216,12 +217,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask):
-        source = encoder_hidden_states if self.only_cross_attention else None
-        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), source, attention_mask)
-        hidden_states = hidden_states + self.attn2(
-            self.norm2(hidden_states), encoder_hidden_states, encoder_attention_mask
-        )
+    def forward(self, hidden_states, text, mask=None, text_mask=None):
+        source = text if self.only_cross_attention else None
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), source, mask)
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, text_mask)
         return hidden_states + self.ff(self.norm3(hidden_states))
 
 
@@ -230,14 +229,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        width = 4 * channels
+        # net.1 is a dropout for those who train with one; it has no weights
+        self.net = nn.Sequential(GEGLU(channels, width), nn.Identity(), nn.Linear(width, channels))
 
     def forward(self, hidden_states):
-        return self.net[2](self.net[0](hidden_states))  # net.1 is a dropout where people trained with one
+        return self.net(hidden_states)
 
 
 class GEGLU(nn.Module):
-    """value · GELU(gate), both linear in the input (Shazeer 2020, arXiv 2002.05202, eq. 6): (…, C) -> (…, width)."""
+    """value · GELU(gate), both linear in x (Shazeer 2020, arXiv 2002.05202, eq. 6): (…, C) -> (…, width)."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -248,22 +249,32 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-def _per_level(owner, levels, name, value):
+def _per_level(levels, name, value):
     """value as a list of one per level."""
     if not isinstance(value, list | tuple):
         return [value] * levels
     if len(value) != levels or any(isinstance(entry, list | tuple) for entry in value):
-        raise ValueError(f"{owner}: {name}={value!r} is not implemented; give one value, or one per level ({levels})")
+        raise ValueError(f"UNet2DConditionModel: {name}={value!r} is not implemented; give one value, or one "
+                         f"for each of the {levels} levels")  # fmt: skip
     return list(value)
 
 
-def _where(flags, values):
-    return [value if flag else None for flag, value in zip(flags, values, strict=True)]
+def _check_text_time(addition_time_embed_dim, projection_class_embeddings_input_dim):
+    if not (addition_time_embed_dim and projection_class_embeddings_input_dim):
+        raise ValueError("UNet2DConditionModel: addition_embed_type='text_time' needs "
+                         "addition_time_embed_dim and projection_class_embeddings_input_dim")  # fmt: skip
 
 
 def _bias(mask, sample):
     """A mask (B, S) of ones and zeros as what is added to attention scores: (B, 1, 1, S), 0 or -10000."""
     return None if mask is None else (1 - mask.to(sample.dtype))[:, None, None, :] * -10000.0
+
+
+def _with_residuals(skips, residuals):
+    if len(residuals) != len(skips):
+        raise ValueError(f"UNet2DConditionModel: {len(residuals)} down_block_additional_residuals for "
+                         f"{len(skips)} skips; give one per skip")  # fmt: skip
+    return [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
 
 
 def _refuse(**unknown):

@@ -1,12 +1,14 @@
 """UNet2DModel: predicts the noise in a picture from the picture and the time; the network of DDPM.
 
-Read `UNet2DModel.forward`; everything below it is in `layers.py`. Denoising diffusion probabilistic models (Ho et al.
-2020, arXiv 2006.11239, appendix B); scale and shift by time as in Dhariwal & Nichol 2021 (arXiv 2105.05233); Fourier
-features and the division by the noise level as in Song et al. 2021 (arXiv 2011.13456, appendix C).
+Read `UNet2DModel.forward`; everything below it is in `layers.py`. Denoising diffusion probabilistic models
+(Ho et al. 2020, arXiv 2006.11239, appendix B); scale and shift by time as in Dhariwal & Nichol 2021 (arXiv
+2105.05233); Fourier features and the division by the noise level as in Song et al. 2021 (arXiv 2011.13456,
+appendix C).
 """
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,9 +22,11 @@ from minidiff.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     as_timesteps,
+    check_choice,
     check_levels,
     down_path,
     embed_class,
+    makers_at,
     timestep_embedding,
     up_path,
 )
@@ -31,13 +35,13 @@ from minidiff.models.layers import (
 class UNet2DModel(PretrainedModel):
     """Unconditional, or with num_class_embeds class-conditional, U-Net on pictures.
 
-    attention_head_dim is the width of a head; None: one head as wide as all channels. resnet_time_scale_shift:
-    "default" (time is added) or "scale_shift". time_embedding_type: "positional" (sines of the timestep), "fourier"
-    (of the logarithm of a noise level) or "learned" (a table of num_train_timesteps rows). norm_eps is the eps of every
-    norm. Raises ValueError for a value that is not implemented.
+    attention_head_dim is the width of a head; None: one head as wide as all channels.
+    resnet_time_scale_shift: "default" (time is added) or "scale_shift". time_embedding_type: "positional"
+    (waves of the timestep), "fourier" (waves of the logarithm of a noise level) or "learned" (a table of
+    num_train_timesteps rows). Raises ValueError for a value that is not implemented.
     """
 
-    fixed_options = {
+    fixed_options: ClassVar = {
         "attn_norm_num_groups": None, "class_embed_type": None, "downsample_type": "conv", "dropout": 0.0,
         "time_embedding_dim": None, "upsample_type": "conv",
     }  # fmt: skip
@@ -47,46 +51,50 @@ class UNet2DModel(PretrainedModel):
         time_embedding_type="positional", freq_shift=0, flip_sin_to_cos=True,
         down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3, mid_block_type="UNetMidBlock2D",
         up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",), block_out_channels=(224, 448, 672, 896),
-        layers_per_block=2, mid_block_scale_factor=1, downsample_padding=1, act_fn="silu", attention_head_dim=8,
-        norm_num_groups=32, norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True,
-        num_class_embeds=None, num_train_timesteps=None,
+        layers_per_block=2, mid_block_scale_factor=1, downsample_padding=1, act_fn="silu",
+        attention_head_dim=8, norm_num_groups=32, norm_eps=1e-5, resnet_time_scale_shift="default",
+        add_attention=True, num_class_embeds=None, num_train_timesteps=None,
     ):  # fmt: skip
         super().__init__()
         check_levels("UNet2DModel", block_out_channels,
                      down_block_types=(down_block_types, ["DownBlock2D", "AttnDownBlock2D"]),
                      up_block_types=(up_block_types, ["UpBlock2D", "AttnUpBlock2D"]))  # fmt: skip
-        first, last, levels = block_out_channels[0], block_out_channels[-1], len(block_out_channels)
-        scale_shift = _one_of("resnet_time_scale_shift", resnet_time_scale_shift, "default", "scale_shift") != "default"
-        resnet = partial(ResnetBlock2D, temb_channels=4 * first, groups=norm_num_groups, eps=norm_eps, act_fn=act_fn,
-                         scale_shift=scale_shift)  # fmt: skip
+        choice = partial(check_choice, "UNet2DModel")
+        choice("resnet_time_scale_shift", resnet_time_scale_shift, "default", "scale_shift")
+        scale_shift, fourier = resnet_time_scale_shift == "scale_shift", time_embedding_type == "fourier"
+        first, last, temb_channels = block_out_channels[0], block_out_channels[-1], 4 * block_out_channels[0]
+        layers = [layers_per_block] * len(block_out_channels)
+        resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=norm_num_groups, eps=norm_eps,
+                         act_fn=act_fn, scale_shift=scale_shift)  # fmt: skip
         attention = partial(AttentionBlock, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps)
         attentions = [partial(attention, channels) for channels in block_out_channels]  # one maker per level
 
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
-        self.time_proj = None  # has weights in two of the three types
-        if _one_of("time_embedding_type", time_embedding_type, "positional", "fourier", "learned") == "fourier":
+        choice("time_embedding_type", time_embedding_type, "positional", "fourier", "learned")
+        self.time_proj = None  # two of the three types have weights
+        if fourier:
             self.time_proj = FourierProjection(first)
         elif time_embedding_type == "learned":
-            self.time_proj = nn.Embedding(num_train_timesteps, first)
-        self.time_embedding = TimestepEmbedding(2 * first if time_embedding_type == "fourier" else first, 4 * first)
-        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, 4 * first)
-        at = [attentions[i] if kind == "AttnDownBlock2D" else None for i, kind in enumerate(down_block_types)]
-        self.down_blocks, skips = down_path(resnet, at, block_out_channels, [layers_per_block] * levels, downsample_padding)
+            self.time_proj = _table(num_train_timesteps, first)
+        self.time_embedding = TimestepEmbedding(2 * first if fourier else first, temb_channels)
+        self.class_embedding = nn.Embedding(num_class_embeds, temb_channels) if num_class_embeds else None
+        at = makers_at("AttnDownBlock2D", down_block_types, attentions)
+        self.down_blocks, skips = down_path(resnet, at, block_out_channels, layers, downsample_padding)
         self.mid_block = None
-        if _one_of("mid_block_type", mid_block_type, "UNetMidBlock2D", None) is not None:
+        if choice("mid_block_type", mid_block_type, None, "UNetMidBlock2D") is not None:
             resnets = [resnet(last, last, scale_factor=mid_block_scale_factor) for _ in range(2)]
-            groups = None if scale_shift else norm_num_groups  # diffusers: no norm before this attention then
-            middle = attention(last, groups=groups, scale_factor=mid_block_scale_factor) if add_attention else None
-            self.mid_block = MidBlock2D(resnets, [middle] if add_attention else [])
-        at = [attentions[i] if kind == "AttnUpBlock2D" else None for i, kind in enumerate(reversed(up_block_types))]
-        self.up_blocks = up_path(resnet, at, block_out_channels, [layers_per_block] * levels, skips)
+            groups = None if scale_shift else norm_num_groups  # as in diffusers, whatever the reason was
+            middle = partial(attention, last, groups=groups, scale_factor=mid_block_scale_factor)
+            self.mid_block = MidBlock2D(resnets, [middle()] if add_attention else [])
+        at = makers_at("AttnUpBlock2D", reversed(up_block_types), attentions)
+        self.up_blocks = up_path(resnet, at, block_out_channels, layers, skips)
         self.conv_norm_out = GroupNorm(norm_num_groups, first, norm_eps, "silu")
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
 
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """The predicted noise (or v, or x0: as the scheduler's prediction_type says) in sample.
 
-        sample (B, in_channels, H, W); timestep: a number (a fraction is cut off), or a (B,) tensor (kept);
+        sample (B, in_channels, H, W); timestep: a number (its fraction is cut off) or a tensor, one or (B,);
         class_labels int (B,), needed with num_class_embeds -> Output with sample (B, out_channels, H, W).
         """
         if self.config.center_input_sample:
@@ -105,21 +113,20 @@ class UNet2DModel(PretrainedModel):
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips, temb)
         sample = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
-        if self.config.time_embedding_type == "fourier":  # timestep is a noise level: the score is -noise / level
+        if self.config.time_embedding_type == "fourier":  # timesteps are noise levels then
             sample = sample / timesteps.to(sample.dtype)[:, None, None, None]
         return Output(sample=sample) if return_dict else (sample,)
 
     def _waves(self, timesteps):
         config = self.config
-        if self.time_proj is None:
-            return timestep_embedding(
-                timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-            )
+        if config.time_embedding_type == "positional":
+            dim = config.block_out_channels[0]
+            return timestep_embedding(timesteps, dim, config.flip_sin_to_cos, config.freq_shift)
         return self.time_proj(timesteps.long() if config.time_embedding_type == "learned" else timesteps)
 
 
 class FourierProjection(nn.Module):
-    """Sines and cosines of log(x) at fixed random frequencies of standard deviation 16: (B,) -> (B, 2 * num)."""
+    """Sines and cosines of log(x) at num fixed frequencies, random with deviation 16: (B,) -> (B, 2 num)."""
 
     def __init__(self, num):
         super().__init__()
@@ -130,8 +137,7 @@ class FourierProjection(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _one_of(name, value, *known):
-    """value, if it is one of the known ones."""
-    if value not in known:
-        raise ValueError(f"UNet2DModel: {name}={value!r} is not implemented; minidiff knows {', '.join(map(repr, known))}")
-    return value
+def _table(num_train_timesteps, dim):
+    if num_train_timesteps is None:
+        raise ValueError("UNet2DModel: time_embedding_type='learned' needs num_train_timesteps")
+    return nn.Embedding(num_train_timesteps, dim)
