@@ -7,5 +7,6 @@ Reading order: `schedule.py` (tables and the interface), `ddim.py` (the simplest
 from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 from minidiff.schedulers.pndm import PNDMScheduler
+from minidiff.schedulers.unipc import UniPCMultistepScheduler
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]

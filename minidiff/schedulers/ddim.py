@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minidiff.schedulers.schedule import Scheduler, split_prediction, threshold
+from minidiff.schedulers.schedule import Scheduler, predicted_eps, predicted_x0, threshold
 
 
 class DDIMScheduler(Scheduler):
@@ -67,7 +67,8 @@ class DDIMScheduler(Scheduler):
         )  # whatever the spacing, as in diffusers
         a_t, a_prev = self._alpha_bar(t), self._alpha_bar(prev_t)
         root_a, root_b = np.sqrt(a_t), np.sqrt(1 - a_t)
-        x0, eps = split_prediction(model_output, sample, root_a, root_b, c.prediction_type)
+        x0 = predicted_x0(model_output, sample, root_a, root_b, c.prediction_type)
+        eps = predicted_eps(model_output, sample, root_a, root_b, c.prediction_type)
         if c.thresholding:
             x0 = threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
         elif c.clip_sample:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minidiff.schedulers.schedule import Scheduler, log, split_prediction, threshold
+from minidiff.schedulers.schedule import Scheduler, log, predicted_x0, threshold
 
 LEARNED = ("learned", "learned_range")
 
@@ -74,7 +74,7 @@ class DDPMScheduler(Scheduler):
         model_output, predicted_variance = self._split_variance(model_output, sample)
         a_t, a_prev = self._alphas_bar(t)
         b_t, ratio = 1 - a_t, a_t / a_prev
-        x0, _ = split_prediction(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), c.prediction_type)
+        x0 = predicted_x0(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), c.prediction_type)
         if c.thresholding:
             x0 = threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
         elif c.clip_sample:

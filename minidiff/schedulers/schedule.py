@@ -3,7 +3,7 @@
 A model is trained on N timesteps t, at each of which a sample is x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: a_t is
 `alphas_cumprod[t]`, the share of the data's variance that is left, eps standard normal (Ho et al. 2020, arXiv:2006.11239,
 eq. 4). Read first the tables (`make_betas`), then the timesteps that sampling visits (`space_timesteps`), then what a
-model's output says about x0 and eps (`split_prediction`), then `Scheduler`, whose `_step` is the frame of every step.
+model's output says about x0 and eps (`predicted_x0`, `predicted_eps`), then `Scheduler`, whose `_step` is the frame of every step.
 
 Numbers are diffusers' to the last bit wherever that is possible: tables are float32, their scalars stay NumPy float32 scalars,
 and formulas keep the order of operations that they have there, because 1 - a_t near t = 0 turns a last bit into 1e-4.
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from minidiff.boundary import draw_normal, is_tensor, like, to_numpy
-from minidiff.config import Configured
+from minidiff.config import Config, Configured
 
 SPACINGS = "linspace, leading or trailing"
+PREDICTIONS = "epsilon, sample or v_prediction"
 MOST_TIMESTEPS = (
     1_000_000  # far above every model; a table of more is a mistake in a config, met before memory is
 )
@@ -107,18 +108,29 @@ def space_timesteps(
 # ------------------------------------------------------------------------------------------- what a model's output means
 
 
-def split_prediction(model_output, sample, alpha_t, sigma_t, prediction_type: str):
-    """(x0, eps), arrays like sample = alpha_t x0 + sigma_t eps, out of whatever the model was trained to predict.
+def predicted_x0(model_output, sample, alpha, sigma, prediction_type: str) -> np.ndarray:
+    """x0 in sample = alpha x0 + sigma eps, (B, C, …), from whatever the model was trained to predict.
 
-    v_prediction: v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+    v_prediction: v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
     """
     if prediction_type == "epsilon":
-        return (sample - sigma_t * model_output) / alpha_t, model_output
+        return (sample - sigma * model_output) / alpha
     if prediction_type == "sample":
-        return model_output, (sample - alpha_t * model_output) / sigma_t
+        return model_output
     if prediction_type == "v_prediction":
-        return alpha_t * sample - sigma_t * model_output, alpha_t * model_output + sigma_t * sample
-    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, sample or v_prediction")
+        return alpha * sample - sigma * model_output
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be {PREDICTIONS}")
+
+
+def predicted_eps(model_output, sample, alpha, sigma, prediction_type: str) -> np.ndarray:
+    """eps in sample = alpha x0 + sigma eps; see `predicted_x0`."""
+    if prediction_type == "epsilon":
+        return model_output
+    if prediction_type == "sample":
+        return (sample - alpha * model_output) / sigma
+    if prediction_type == "v_prediction":
+        return alpha * model_output + sigma * sample
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be {PREDICTIONS}")
 
 
 def log(x) -> np.float32:
@@ -218,6 +230,10 @@ class Scheduler(Configured):
     def save_pretrained(self, save_directory):
         """Writes scheduler_config.json into save_directory; diffusers reads it too."""
         self.save_config(save_directory)
+
+    def _change_config(self, **values):
+        """Corrects what the config says, where a constructor takes one value for another."""
+        self._set_config(Config(self.config | values))
 
     # -- tables and timesteps
 
