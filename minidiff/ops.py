@@ -33,7 +33,7 @@ def attention(q, k, v, mask=None, backend: str = "torch") -> torch.Tensor:
             mask = mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if backend == "triton":
-        return _kernel("attention", q)(q, k, v, mask)
+        return _kernel("attention", q.device)(q, k, v, mask)
     _check_backend(backend)
     return _attention_reference(q, k, v, mask)
 
@@ -66,7 +66,7 @@ def group_norm(x, num_groups, weight, bias, eps, silu: bool = False, backend: st
         y = F.group_norm(x, num_groups, weight, bias, eps)
         return F.silu(y) if silu else y
     if backend == "triton":
-        return _kernel("group_norm", x)(x, num_groups, weight, bias, eps, silu)
+        return _kernel("group_norm", x.device)(x, num_groups, weight, bias, eps, silu)
     _check_backend(backend)
     return _group_norm_reference(x, num_groups, weight, bias, eps, silu)
 
@@ -91,10 +91,11 @@ def use_backend(module, attention: str | None = None, group_norm: str | None = N
     """
     asked = {"attention": attention, "group_norm": group_norm}
     chosen = {op: name for op, name in asked.items() if name is not None}
+    devices = {tensor.device for tensor in module.parameters()}
     for op, name in chosen.items():
         _check_backend(name)
-        if name == "triton":
-            _kernel(op, next(module.parameters(), None))
+        for device in devices if name == "triton" else ():
+            _kernel(op, device)
     for layer in module.modules():
         if getattr(layer, "op", None) in chosen:
             layer.backend = chosen[layer.op]
@@ -104,7 +105,7 @@ def use_backend(module, attention: str | None = None, group_norm: str | None = N
 def available_backends(device="cpu") -> tuple[str, ...]:
     """The backends that run here on tensors of this device."""
     try:
-        _kernel("attention", torch.empty(0, device=device))
+        _kernel("attention", torch.device(device))
     except BackendUnavailable:
         return BACKENDS[:2]
     return BACKENDS
@@ -121,8 +122,8 @@ def _check_backend(name):
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
 
 
-def _kernel(op, tensor):
-    """The Triton kernel for op, or BackendUnavailable with the reason why tensor can't go there."""
+def _kernel(op, device):
+    """The Triton kernel for op, or BackendUnavailable with the reason why it can't run on device."""
     try:  # imported here: Triton is absent on some systems, and slow to import
         import minidiff_kernels
 
@@ -130,7 +131,7 @@ def _kernel(op, tensor):
     except (ImportError, AttributeError) as error:
         raise BackendUnavailable(f'{op}: backend "triton" needs minidiff_kernels, which is not usable here '
                                  f'({error}). Use backend="torch".') from error  # fmt: skip
-    if tensor is not None and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {tensor.device}. Use backend="torch"'
-                                 ", or set TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {device}. Use backend="torch", or '
+                                 "set TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
     return kernel

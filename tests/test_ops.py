@@ -1,0 +1,188 @@
+"""ops: every backend against the formula in float64, the choice of backends, and the errors."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+from parity import assert_close
+from torch import nn
+
+from minidiff import ops
+from minidiff.models.layers import AttentionBlock
+
+TOLERANCES = {  # of one call with values around 1, about 5 × what was measured
+    torch.float64: 1e-13,  # rounding only
+    torch.float32: 3e-6,
+    torch.bfloat16: 2e-2,  # 8 bits: the result alone is rounded by 4e-3
+    torch.float16: 2e-3,  # 11 bits
+}
+SHAPES = [(2, 3, 5, 7, 40), (1, 2, 77, 77, 64), (2, 1, 65, 9, 80), (1, 2, 1, 33, 160)]  # B, heads, T, S, D
+
+
+def qkv(shape, dtype=torch.float64):
+    batch, heads, queries, keys, size = shape
+    torch.manual_seed(0)
+    return [torch.randn(batch, heads, length, size, dtype=dtype) for length in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_equals_the_formula(shape, backend, dtype):
+    q, k, v = qkv(shape, dtype)
+    weights = torch.softmax(q.double() @ k.double().mT / math.sqrt(shape[-1]), dim=-1)
+    out = ops.attention(q, k, v, backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, weights @ v.double(), rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["bool", "float", "float32 for float64"])
+def test_attention_masks_equal_the_formula(kind, backend):
+    q, k, v = qkv(SHAPES[0])
+    allowed = torch.rand(2, 1, 5, 7) > 0.4
+    allowed[..., 0] = True
+    bias = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+    weights = torch.softmax(q @ k.mT / math.sqrt(40) + bias, dim=-1)
+    mask = {"bool": allowed, "float": bias, "float32 for float64": bias.float()}[kind]
+    assert_close(ops.attention(q, k, v, mask, backend=backend), weights @ v, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_row_that_may_look_nowhere_gives_zero(backend):
+    q, k, v = qkv(SHAPES[0])
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    out = ops.attention(q, k, v, mask, backend=backend)
+    assert_close(out[:, :, 2], torch.zeros(2, 3, 40))
+    assert_close(out[:, :, :2], ops.attention(q, k, v, backend=backend)[:, :, :2], atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_attention_scores_beyond_float16_do_not_overflow(backend):
+    q, k, v = qkv((1, 2, 9, 9, 64), torch.float16)
+    q, k = 64 * q, 64 * k  # scores up to 1e6 before the scale; float16 ends at 65504
+    weights = torch.softmax(q.double() @ k.double().mT / 8, dim=-1)
+    assert_close(ops.attention(q, k, v, backend=backend), weights @ v.double(), atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_group_norm_equals_the_formula(memory_format, backend, silu, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 5, 7, dtype=dtype).to(memory_format=memory_format)
+    weight, bias = torch.randn(2, 12, dtype=dtype)
+    groups = x.double().reshape(2, 4, -1)
+    variance, mean = torch.var_mean(groups, -1, keepdim=True, correction=0)
+    groups = (groups - mean) / (variance + 1e-5).sqrt()
+    expected = groups.reshape(x.shape) * weight.double()[:, None, None] + bias.double()[:, None, None]
+    expected = expected * torch.sigmoid(expected) if silu else expected
+    out = ops.group_norm(x, 4, weight, bias, 1e-5, silu=silu, backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_group_norm_of_shifted_data_does_not_cancel(backend):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 32, 32) + 100
+    one, zero = torch.ones(8), torch.zeros(8)
+    expected = nn.functional.group_norm(x.double(), 2, one.double(), zero.double(), 1e-5)
+    assert_close(ops.group_norm(x, 2, one, zero, 1e-5, backend=backend), expected, atol=1e-4)
+
+
+def test_group_norm_keeps_channels_last():
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    out = ops.group_norm(x, 2, torch.ones(8), torch.zeros(8), 1e-5, silu=True)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradients_are_right(backend):
+    q, k, v = (x.requires_grad_() for x in qkv((1, 2, 3, 4, 5)))
+    assert torch.autograd.gradcheck(lambda *x: ops.attention(*x, backend=backend), (q, k, v))
+    x, weight, bias = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((2, 4, 2, 3), 4, 4))
+    norm = lambda *x: ops.group_norm(x[0], 2, x[1], x[2], 1e-5, silu=True, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(norm, (x, weight, bias))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    q, k, v = qkv((1, 2, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"attention: q \(1, 2, 3, 5\), k \(1, 2, 4, 4\), v .* don't fit"):
+        ops.attention(q, k[..., :4], v[..., :4])
+    with pytest.raises(ValueError, match=r"30 channels can't be split into 32 groups; num_groups must"):
+        ops.group_norm(torch.zeros(1, 30, 2, 2), 32, torch.ones(30), torch.zeros(30), 1e-5)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minidiff_kernels", None)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins that record their calls; the environment does not ask for Triton's interpreter."""
+    calls = []
+    module = types.ModuleType("minidiff_kernels")
+    module.attention = lambda *args: calls.append(args) or "attention"
+    module.group_norm = lambda *args: calls.append(args) or "group_norm"
+    monkeypatch.setitem(sys.modules, "minidiff_kernels", module)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return calls
+
+
+def test_a_missing_kernel_is_an_error_and_never_replaced(no_kernels):
+    q, k, v = qkv((1, 2, 3, 4, 5))
+    with pytest.raises(ops.BackendUnavailable, match=r'attention: backend "triton" needs minidiff_kernels'):
+        ops.attention(q, k, v, backend="triton")
+    with pytest.raises(ops.BackendUnavailable, match=r'group_norm: .*Use backend="torch"'):
+        ops.group_norm(torch.zeros(1, 4, 2, 2), 2, torch.ones(4), torch.zeros(4), 1e-5, backend="triton")
+    assert ops.available_backends() == ops.available_backends("cuda") == ("reference", "torch")
+    assert ops.default_backend("cuda") == ops.default_backend("cpu") == "torch"
+
+
+def test_kernels_refuse_a_tensor_that_is_not_on_a_gpu(kernels):
+    q, k, v = qkv((1, 2, 3, 4, 5))
+    with pytest.raises(ops.BackendUnavailable, match=r'a tensor on cpu\. Use backend="torch", or set TRITON'):
+        ops.attention(q, k, v, backend="triton")
+    assert ops.available_backends() == ("reference", "torch")
+    assert ops.available_backends("cuda") == ops.BACKENDS
+    assert (ops.default_backend("cpu"), ops.default_backend("cuda:0")) == ("torch", "triton")
+
+
+def test_kernels_are_called_in_the_interpreter(kernels, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = qkv((1, 2, 3, 4, 5))
+    assert ops.attention(q, k, v, backend="triton") == "attention"
+    weight, bias = torch.ones(4), torch.zeros(4)
+    assert ops.group_norm(q.mT, 2, weight, bias, 1e-5, True, backend="triton") == "group_norm"
+    assert [len(call) for call in kernels] == [4, 6]
+    assert ops.available_backends() == ops.BACKENDS
+
+
+def test_an_unknown_backend_is_named():
+    q, k, v = qkv((1, 2, 3, 4, 5))
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of reference, torch, triton"):
+        ops.attention(q, k, v, backend="cuda")
+    with pytest.raises(ValueError, match="unknown backend 'Torch'"):
+        ops.group_norm(q.mT, 1, torch.ones(2), torch.zeros(2), 1e-5, backend="Torch")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        ops.use_backend(nn.Linear(1, 1), attention="fast")
+
+
+def test_use_backend_sets_the_layers_below_or_nothing(no_kernels):
+    block = AttentionBlock(8, groups=2, eps=1e-6)
+    model = nn.Sequential(block, nn.Linear(1, 1))
+    assert ops.use_backend(model, attention="reference") is model
+    assert (block.backend, block.group_norm.backend) == ("reference", "torch")
+    with pytest.raises(ops.BackendUnavailable):
+        ops.use_backend(model, attention="torch", group_norm="triton")
+    assert (block.backend, block.group_norm.backend) == ("reference", "torch")
+    ops.use_backend(model, group_norm="reference")
+    x = torch.randn(2, 8, 3, 5)
+    expected = block(x)
+    assert_close(ops.use_backend(model, attention="torch", group_norm="torch")[0](x), expected, atol=1e-6)
