@@ -1,0 +1,185 @@
+"""What every pipeline has beside its call: its parts, how they are loaded, saved and moved."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+import minidiff
+from minidiff.checkpoints import CheckpointError, hub
+from minidiff.config import DIFFUSERS_VERSION, write_json
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+FROM_TRANSFORMERS = ("text_encoder", "tokenizer")  # the library that the index names; else diffusers
+NOT_USED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of repositories, not of minidiff
+
+
+@dataclass
+class ImagePipelineOutput:
+    """What a call made: `.images` is a list of PIL images, or an array or a tensor (see output_type)."""
+
+    images: object
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self):
+        """The results without their names, as with return_dict=False."""
+        return (self.images,)
+
+
+class DiffusionPipeline:
+    """Base of the pipelines; `DiffusionPipeline.from_pretrained` picks the class that the checkpoint names.
+
+    A pipeline's parts are plain attributes: `pipe.scheduler = ...` switches. `.components` holds them all.
+    """
+
+    part_classes: ClassVar[dict] = {}  # part -> the names that its class may have; (): any scheduler
+    options: ClassVar[tuple] = ()  # constructor arguments that stand in the index as plain values
+    _progress_bar_config: ClassVar[dict] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path, *, torch_dtype=None, dtype=None, variant=None, use_safetensors=None, revision=None,
+        cache_dir=None, local_files_only=False, token=None, **parts,
+    ):  # fmt: skip
+        """The pipeline of a built-in name ("scenes"), a folder in diffusers' layout, or a hub repository's
+        id.
+
+        torch_dtype (or dtype, its newer name): the type of all models, float32 if None, whatever the files
+        hold. variant: a file-name infix such as "fp16". Parts may be given instead of read: `vae=my_vae`.
+        CheckpointError for a checkpoint that lacks a part or names a class that minidiff does not have;
+        TypeError for an argument that is no part.
+        """
+        if torch_dtype is not None and dtype is not None:
+            raise ValueError(
+                "got torch_dtype and dtype; they are two names of one thing, so pass one of them"
+            )
+        source = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        source["local_files_only"] = local_files_only
+        # models: float32 if None. diffusers 0.42 leaves a text encoder in the type of its file, beside a
+        # float32 U-Net
+        weights = {
+            "torch_dtype": torch_dtype or dtype,
+            "variant": variant,
+            "use_safetensors": use_safetensors,
+        }
+        index = hub.read_json(name_or_path, INDEX, **source)
+        pipeline_class = cls._class_for(index, name_or_path)
+        pipeline_class._check_given(parts)
+        made = {key: index[key] for key in pipeline_class.options if key in index} | parts
+        for name in pipeline_class.part_classes:
+            if name not in made:
+                part_class = pipeline_class._part_class(name, index, name_or_path)
+                options = source | weights if issubclass(part_class, torch.nn.Module) else source
+                subfolder = hub.part_subfolder(name_or_path, name, **source)
+                made[name] = part_class.from_pretrained(name_or_path, subfolder, **options)
+        if _named_class(index, "safety_checker") and "safety_checker" not in parts:
+            logger.warning("%s: its safety checker is left out; minidiff has none", name_or_path)
+        return pipeline_class(**made)
+
+    @classmethod
+    def _class_for(cls, index, name_or_path):
+        """cls, or for DiffusionPipeline itself the class that the index names."""
+        if cls is not DiffusionPipeline:
+            return cls
+        known = [n for n in minidiff.__all__ if n.endswith("Pipeline") and n != "DiffusionPipeline"]
+        name = index.get("_class_name")
+        if name not in known:
+            raise CheckpointError(
+                f"{name_or_path}: {INDEX} asks for a {name}; minidiff has {', '.join(known)}"
+            )
+        return getattr(minidiff, name)
+
+    @classmethod
+    def _check_given(cls, parts):
+        unknown = set(parts) - set(cls.part_classes) - set(cls.options) - set(NOT_USED)
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained has no argument {', '.join(sorted(unknown))}; "
+                f"the parts that can be given are {', '.join(cls.part_classes)}"
+            )
+
+    @classmethod
+    def _part_class(cls, part, index, name_or_path):
+        """The class of a part, as the index names it; CheckpointError where that is none of ours."""
+        name = (_named_class(index, part) or "").removesuffix("Fast")  # CLIPTokenizerFast does the same
+        if not name:
+            raise CheckpointError(f"{name_or_path}: {INDEX} names no {part}, which a {cls.__name__} needs")
+        accepted = cls.part_classes[part] or [n for n in minidiff.__all__ if n.endswith("Scheduler")]
+        if name not in accepted:
+            raise CheckpointError(
+                f"{name_or_path}: {INDEX} asks for the {part} {name}; minidiff has {', '.join(accepted)}"
+            )
+        return getattr(minidiff, name)
+
+    def save_pretrained(self, save_directory):
+        """Writes every part, then the index, in a layout that diffusers loads too."""
+        index = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
+        for name, part in self.components.items():
+            library = "transformers" if name in FROM_TRANSFORMERS else "diffusers"
+            index[name] = [None, None] if part is None else [library, type(part).__name__]
+            if part is not None:
+                part.save_pretrained(Path(save_directory, name))
+        write_json(Path(save_directory, INDEX), index | {key: getattr(self, key) for key in self.options})
+
+    @property
+    def components(self) -> dict:
+        """All parts by name: `OtherPipeline(**pipe.components)` shares them."""
+        return {name: getattr(self, name) for name in self.part_classes}
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The parts that have weights."""
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    def to(self, *args, device=None, dtype=None):
+        """Moves all models to a device, a floating dtype or both, given in any order; returns the
+        pipeline.
+        """
+        targets = [value for value in (*args, device, dtype) if value is not None]
+        for target in targets:
+            if isinstance(target, torch.dtype) and not target.is_floating_point:
+                raise ValueError(f"models can't have the type {target}; take float32, float16 or bfloat16")
+        for model in self.models:
+            for target in targets:
+                model.to(target)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.models[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the models' weights."""
+        return self.models[0].dtype
+
+    @property
+    def backend(self) -> str:
+        """Which version of attention and group norm the models run: "torch", say; all of them if several
+        do.
+        """
+        layers = [layer for model in self.models for layer in model.modules() if hasattr(layer, "backend")]
+        return ", ".join(sorted({layer.backend for layer in layers}))
+
+    def set_progress_bar_config(self, **config):
+        """Arguments of tqdm for every later call: `disable=True`, `desc="..."`, `leave=False`, ..."""
+        self._progress_bar_config = config
+
+    def __repr__(self):
+        parts = (
+            f"{name}={type(part).__name__}" for name, part in self.components.items() if part is not None
+        )
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _named_class(index, part):
+    """The class that the index gives for a part; None where it is null, absent or malformed."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
