@@ -31,18 +31,18 @@ def resolve(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
-) -> Path:
-    """The local folder (with subfolder) of a checkpoint, where the files that choose named are present.
+) -> list[Path]:
+    """The files of a checkpoint that choose picks, as local paths.
 
     name_or_path: "scenes" or "scenes-ddpm", which ship (write "./scenes" for a folder of that name); a
-    folder; or a repository id "owner/name". choose(names, where) gets the file names in that folder and the
-    words for it in errors, and returns the needed ones or raises CheckpointError: only those are fetched.
-    From the hub the newest state is fetched; if nobody can be reached, what the cache holds is used.
-    CheckpointError: no such checkpoint, folder, repository or revision; a gated one; no network; no such
-    file.
+    folder; or a repository id "owner/name". choose(names, where) gets the names in that folder or its
+    subfolder (folders end in "/") and the words for it in errors, and returns the names that are needed or
+    raises CheckpointError. Only those are fetched from the hub, in their newest state; where it can't be
+    reached, the cache must do. CheckpointError: no such checkpoint, folder, repository, revision or file; a
+    gated repository; no network.
     """
     if subfolder:
-        layout.inside("", subfolder)
+        layout.plain(subfolder)
     folder = _local_folder(name_or_path)
     if folder is None:
         place = {"revision": revision, "cache_dir": cache_dir}
@@ -52,8 +52,8 @@ def resolve(
 
 def read_json(name_or_path, filename, subfolder=None, **source) -> dict:
     """One JSON file of a checkpoint, such as "model_index.json"; arguments and errors as for resolve."""
-    return layout.read_json(resolve(name_or_path, lambda names, where: [one_of(names, where, filename)], subfolder,
-                                    **source) / filename)  # fmt: skip
+    [path] = resolve(name_or_path, lambda names, where: [one_of(names, where, filename)], subfolder, **source)
+    return layout.read_json(path)
 
 
 def part_subfolder(name_or_path, part, **source) -> str | None:
@@ -81,7 +81,7 @@ def one_of(names, where, *accepted) -> str:
 
 def _local_folder(name_or_path):
     """The folder of a built-in name or a path; None for a repository id."""
-    if not isinstance(name_or_path, (str, os.PathLike)):
+    if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(f"a checkpoint is named by a str or a path, not {type(name_or_path).__name__}")
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in BUILT_IN_NAMES:
@@ -91,24 +91,25 @@ def _local_folder(name_or_path):
         return folder
     if folder.is_file():
         raise CheckpointError(
-            f"{name} is a file; from_pretrained takes the folder that holds config.json and the weights"
+            f"{name} is a file; from_pretrained takes a folder with config.json and weights"
         )
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None
-    raise CheckpointError(f"there is no checkpoint {name!r}: no folder of that name, none that ships ("
-                          f"{', '.join(BUILT_IN_NAMES)}), and no repository id of the form owner/name")  # fmt: skip
+    raise CheckpointError(f"there is no checkpoint {name!r}: it is no folder, no repository id of the form "
+                          f"owner/name, and none of those that ship ({', '.join(BUILT_IN_NAMES)})")  # fmt: skip
 
 
 def _chosen(folder, choose, subfolder, note=""):
-    """folder/subfolder, after choose has found what it needs in it and no name leads out of folder."""
+    """The paths of what choose picks in folder/subfolder; none of them leads out of folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint {folder.name!r} is not part of this installation of minidiff")
     directory = layout.inside(folder, subfolder) if subfolder else folder
     if not directory.is_dir():
         raise CheckpointError(f"{folder}{note} has no folder {subfolder!r}")
     with os.scandir(directory) as entries:
         names = {entry.name + "/" * entry.is_dir() for entry in entries}
-    for name in choose(names, f"{directory}{note}"):
-        layout.inside(folder, f"{subfolder}/{name}" if subfolder else name)
-    return directory
+    picked = choose(names, f"{directory}{note}")
+    return [layout.inside(folder, f"{subfolder}/{name}" if subfolder else name) for name in picked]
 
 
 def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):
@@ -129,14 +130,14 @@ def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):
         snapshot = snapshot_download(repo_id, allow_patterns=[], local_files_only=True, **place)
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(f"{repo_id}: {note}; and it is not in the cache") from cause or error
-    directory = _chosen(Path(snapshot), choose, subfolder, f" (as cached; {note})")
+    paths = _chosen(Path(snapshot), choose, subfolder, f" (as cached; {note})")
     if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
         logger.warning("%s: %s; using the copy in the cache", repo_id, note)
-    return directory
+    return paths
 
 
 def _fetch(repo_id, choose, subfolder, token, place):
-    """Asks the hub for the repository's file names, and fetches those that choose picks and the cache lacks."""
+    """Asks the hub for the repository's file names; fetches those that choose picks and the cache lacks."""
     from huggingface_hub import HfApi, snapshot_download
 
     where, prefix = f"{repo_id} on the hub", f"{subfolder}/" if subfolder else ""
@@ -146,7 +147,10 @@ def _fetch(repo_id, choose, subfolder, token, place):
         raise CheckpointError(f"{where} has no folder {subfolder!r}")
     names = {name.partition("/")[0] + "/" * ("/" in name) for name in below}
     wanted = [glob.escape(prefix + name) for name in choose(names, where)]
-    return Path(snapshot_download(repo_id, allow_patterns=wanted, token=token, **place), subfolder or "")
+    if not wanted:
+        return []
+    snapshot = snapshot_download(repo_id, allow_patterns=wanted, token=token, **place)
+    return _chosen(Path(snapshot), choose, subfolder, " (as fetched)")
 
 
 def _explain(error, repo_id, revision) -> str:
@@ -154,7 +158,7 @@ def _explain(error, repo_id, revision) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return "it is gated: accept its conditions on its page of the hub, then pass token= or run `hf auth login`"
+        return "it is gated: accept its conditions on its page of the hub, then pass token= or log in with hf"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has no such repository, or it is private: check the name, or pass token="
     if isinstance(error, errors.RevisionNotFoundError):

@@ -22,10 +22,7 @@ def inside(folder, name) -> Path:
     In the hub's cache, where every file is a link to a blob beside the snapshots, the repository's folder is
     the limit. CheckpointError otherwise, also for a Git-LFS pointer in place of the file.
     """
-    folder, pure = Path(folder), PurePosixPath(name)
-    path = folder / name
-    if pure.is_absolute() or ".." in pure.parts or "\\" in str(name) or "\0" in str(name):
-        raise CheckpointError(f"{folder}: {name!r} is not a name inside the folder")
+    folder, path = Path(folder), Path(folder, plain(name))
     root = folder.resolve()
     snapshot = next((p for p in (root, *root.parents) if p.parent.name == "snapshots"), None)
     if snapshot is not None and snapshot.parent.parent.name.startswith("models--"):
@@ -37,8 +34,16 @@ def inside(folder, name) -> Path:
     return path
 
 
+def plain(name) -> str:
+    """name, if it is a relative path without ".."; CheckpointError otherwise."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in str(name) or "\0" in str(name):
+        raise CheckpointError(f"{str(name)!r} is not a name inside the checkpoint's folder")
+    return str(name)
+
+
 def read_text(path) -> str:
-    """The text of a UTF-8 file; CheckpointError if it is absent, too large, no UTF-8, or a Git-LFS pointer."""
+    """The text of a UTF-8 file; CheckpointError if absent, too large, not UTF-8, or a Git-LFS pointer."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -91,14 +96,22 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be written: {error.strerror}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns the system's errors in the block into a CheckpointError that names path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def write_text(path, text):
@@ -110,7 +123,7 @@ def write_text(path, text):
 def lfs_pointer(path) -> CheckpointError:
     """The error for a file whose content was never fetched."""
     return CheckpointError(
-        f"{path} is a Git-LFS pointer, not the file itself; run `git lfs pull` in the repository, or load it by its id"
+        f"{path} is a Git-LFS pointer, not the file itself; run git lfs pull in its repository"
     )
 
 
@@ -137,5 +150,9 @@ def pick_weights(names, where, weights_name, variant=None, use_safetensors=None)
             return [index, *sorted(name for name in names if shard.fullmatch(name))]
     asked = " or ".join(f"{base}{infix}.{ending}" for base, ending in candidates)
     there = sorted(n for n in names if n.startswith((stem, pickled)) and n.endswith((".safetensors", ".bin")))
-    raise CheckpointError(f"{where} has no {asked}; " + (f"it has {', '.join(there)}: choose with variant= and "
-                          "use_safetensors=" if there else "it has no weights at all"))  # fmt: skip
+    has = (
+        f"it has {', '.join(there)}: choose with variant= and use_safetensors="
+        if there
+        else "it has no weights"
+    )
+    raise CheckpointError(f"{where} has no {asked}; {has}")

@@ -1,41 +1,98 @@
-"""from_pretrained and save_pretrained for a model class."""
+"""A model from a checkpoint and back: `from_pretrained` and `save_pretrained`, which every model inherits.
 
-import json
+The config and the weights must fit exactly: whatever is missing, left over or of another shape is reported by
+name.
+"""
+
+import contextlib
+import threading
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from minidiff.checkpoints import files, hub, keys, layout
 from minidiff.checkpoints.errors import CheckpointError
 from minidiff.config import Configured
 
 
 class PretrainedModel(Configured, nn.Module):
-    """Base of every model: a config, weights in safetensors, from_pretrained and save_pretrained."""
+    """Base of every model: a config, weights under the published names, `from_pretrained`, `save_pretrained`.
+
+    A class names its weight file in weights_name, and in fixed_options the options that it knows with one
+    value only.
+    """
 
     config_name = "config.json"
     weights_name = "diffusion_pytorch_model.safetensors"
 
     @classmethod
     def _check_foreign(cls, foreign):
-        unknown = sorted(key for key in foreign if not key.startswith("_"))
+        unknown = sorted(key for key in foreign if not key.startswith("_"))  # _class_name, _name_or_path, ...
         if unknown:
             raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}")
 
     @classmethod
-    def from_pretrained(cls, name_or_path, subfolder=None, *, torch_dtype=None):
-        folder = Path(name_or_path, subfolder or "")
-        if not (folder / cls.config_name).is_file():
-            raise CheckpointError(f"{folder} has no {cls.config_name}")
-        model = cls.from_config(json.loads((folder / cls.config_name).read_text()))
-        model.load_state_dict(load_file(folder / cls.weights_name), strict=True)
-        return model.to(torch_dtype).eval()
+    def from_pretrained(
+        cls,
+        name_or_path,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        use_safetensors: bool | None = None,
+        **source,
+    ):
+        """The model of a checkpoint, in eval mode on the CPU; its weights are read from the disk as they are
+        used.
 
-    def save_pretrained(self, save_directory):
-        self.save_config(save_directory)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, Path(save_directory) / self.weights_name, metadata={"format": "pt"})
+        name_or_path: a built-in name, a folder or a repository id; subfolder: where in it, such as "unet".
+        variant: the infix of the weight file, such as "fp16"; use_safetensors: False for the .bin file, True
+        for nothing else, None for what is there. torch_dtype: float32 if None, whatever the file holds;
+        "auto" keeps the file's. source: revision, cache_dir, local_files_only and token, see checkpoints.hub.
+        CheckpointError, before anything large is built, for whatever is wrong with the folder, the config or
+        the weights.
+        """
+        if torch_dtype not in (None, "auto") and not isinstance(torch_dtype, torch.dtype):
+            raise TypeError(f"torch_dtype is a torch.dtype, 'auto' or None, not {torch_dtype!r}")
+
+        def choose(names, where):
+            config = hub.one_of(names, where, cls.config_name)
+            return [config, *layout.pick_weights(names, where, cls.weights_name, variant, use_safetensors)]
+
+        config_file, *weight_files = hub.resolve(name_or_path, choose, subfolder, **source)
+        tensors = files.read_tensors(weight_files)
+        model = cls._described_by(config_file, most_tensors=2 * len(tensors) + 1000)
+        tensors = _fitting(model, tensors, config_file, weight_files[0])
+        dtype = None if torch_dtype == "auto" else torch_dtype or torch.float32
+        model.load_state_dict({name: files.settled(t, dtype) for name, t in tensors.items()}, assign=True)
+        return model.eval()
+
+    @classmethod
+    def _described_by(cls, config_file, most_tensors):
+        """The model of a config without memory for its weights; CheckpointError if it can't be built."""
+        config = layout.read_json(config_file)
+        named = config.get("_class_name", cls.__name__)
+        if named not in (base.__name__ for base in cls.__mro__):
+            raise CheckpointError(f"{config_file} describes a {named}, not a {cls.__name__}")
+        try:
+            with torch.device("meta"), _at_most(most_tensors):
+                return cls.from_config(config)
+        # Values of a wrong type or size fail in as many ways as there are uses of them.
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{config_file}: {error}") from error
+
+    def save_pretrained(self, save_directory, variant: str | None = None):
+        """Writes config.json and the weights as safetensors; diffusers (transformers for CLIP) reads both.
+
+        variant: an infix for the weight file's name. CheckpointError where the disk does not take them; each
+        file is then as before, or absent.
+        """
+        stem, ending = self.weights_name.rsplit(".", 1)
+        name = f"{stem}.{variant}.{ending}" if variant else self.weights_name
+        files.write_tensors(Path(save_directory) / name, self.state_dict())
+        with layout.writing(Path(save_directory) / self.config_name):
+            self.save_config(save_directory)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,3 +103,44 @@ class PretrainedModel(Configured, nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+@contextlib.contextmanager
+def _at_most(most_tensors):
+    """Ends the construction of a model that a config of layers_per_block: 1000000000 would never end by
+    itself.
+    """
+    builder, count = threading.get_ident(), 0
+
+    def registered(module, name, parameter):
+        nonlocal count
+        count += threading.get_ident() == builder
+        if count > most_tensors:
+            raise CheckpointError(
+                f"it describes a model with more than {most_tensors} tensors, far more than its file has"
+            )
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _fitting(model, tensors, config_file, weight_file):
+    """The tensors under the model's names; CheckpointError if they are not exactly those that it has."""
+    wanted = model.state_dict()
+    found = {ours: tensors[theirs] for ours, theirs in keys.translate(tensors, wanted).items()}
+    faults = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name].shape != wanted[name].shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(n)} {what}: {files.some(n)}" for what, n in faults.items() if n)
+        raise CheckpointError(f"{weight_file} does not fit {config_file}; tensors: {listed}")
+    return found

@@ -23,7 +23,7 @@ from minidiff.models.layers import Output
 # weights were first drawn, and the options of text generation that old versions wrote into every config.
 _WITHOUT_INFLUENCE = frozenset(
     """
-    architectures model_type transformers_version torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss
+    architectures transformers_version use_bfloat16 torchscript tf_legacy_loss
     initializer_range initializer_factor dropout gradient_checkpointing pruned_heads tie_word_embeddings
     tie_encoder_decoder chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
     cross_attention_hidden_size tokenizer_class prefix finetuning_task task_specific_params problem_type
@@ -39,13 +39,15 @@ _WITHOUT_INFLUENCE = frozenset(
 class _CLIPText(PretrainedModel):
     """What both text encoders share: the options and the parts.
 
-    hidden_act is "quick_gelu" (SD 1, SDXL's first) or "gelu" (SD 2, SDXL's second). eos_token_id says where the pooled output is taken: at its first occurrence, or, for the 2 that older
-    configs hold by mistake, at the largest id. bos_token_id and pad_token_id are recorded only: the tokenizer
-    knows them. ValueError for an option or a value that is not implemented.
+    hidden_act is "quick_gelu" (SD 1, SDXL's first) or "gelu" (SD 2, SDXL's second). The pooled output is
+    taken at the first eos_token_id, or, for the 2 that older configs hold by mistake, at the largest id.
+    bos_token_id and pad_token_id are recorded only: the tokenizer knows them. ValueError for what is not
+    implemented.
     """
 
     weights_name = "model.safetensors"
     fixed_options: ClassVar = {
+        "model_type": "clip_text_model",  # by which transformers knows a config
         "attention_dropout": 0.0,
         "output_attentions": False,
         "output_hidden_states": False,
@@ -76,6 +78,16 @@ class _CLIPText(PretrainedModel):
             nn.init.normal_(self.text_projection.weight, std=hidden_size**-0.5)
 
     @classmethod
+    def from_config(cls, config, **overrides):
+        """As for all models; of a whole CLIP's config the text half, and without the weights' type."""
+        if not isinstance(config, dict):
+            return super().from_config(config, **overrides)  # refused there
+        config = config.get("text_config", config)
+        return super().from_config(
+            {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}, **overrides
+        )
+
+    @classmethod
     def _check_foreign(cls, foreign):
         super()._check_foreign({k: v for k, v in foreign.items() if k not in _WITHOUT_INFLUENCE})
 
@@ -86,9 +98,9 @@ class CLIPTextModel(_CLIPText):
     def forward(self, input_ids, attention_mask=None, position_ids=None, output_hidden_states=None):
         """Ids (B, T), T <= max_position_embeddings -> last_hidden_state (B, T, C), pooler_output (B, C).
 
-        attention_mask: (B, T), 0 for ids that nobody may look at. position_ids: (B, T) or (1, T); 0, 1, 2, ...
-        if None. With output_hidden_states, hidden_states holds layers + 1 entries (B, T, C), the embeddings
-        first, none of them final-normed. ValueError for too many ids or another rank.
+        attention_mask: (B, T), 0 for ids that nobody may look at. position_ids: (B, T) or (1, T), counting up
+        from 0 if None. With output_hidden_states, hidden_states holds layers + 1 entries (B, T, C), the
+        embeddings first, none of them final-normed. ValueError for too many ids or another rank.
         """
         return self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
 
@@ -154,8 +166,8 @@ class CLIPTextEmbeddings(nn.Module):
     def forward(self, input_ids, position_ids=None):
         longest = self.position_embedding.num_embeddings
         if input_ids.ndim != 2 or input_ids.shape[1] > longest:
-            raise ValueError(f"CLIPTextModel: input_ids must have the shape (batch, tokens) with at most {longest} tokens, "
-                             f"not {tuple(input_ids.shape)}; tokenize with truncation=True.")  # fmt: skip
+            raise ValueError(f"CLIPTextModel: input_ids must be (batch, tokens), at most {longest} tokens, "
+                             f"not {tuple(input_ids.shape)}; tokenize with truncation=True")  # fmt: skip
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
@@ -181,6 +193,8 @@ class CLIPEncoderLayer(nn.Module):
 
 class CLIPAttention(nn.Module):
     """Multi-head self-attention: (B, T, C), mask (1 or B, 1, T, T), True where one may look -> (B, T, C)."""
+
+    op = "attention"  # which kind of backend it has, see ops.use_backend
 
     def __init__(self, channels, num_heads, depth):
         super().__init__()
@@ -210,8 +224,9 @@ class CLIPMLP(nn.Module):
     def __init__(self, channels, inner_channels, hidden_act, depth):
         super().__init__()
         if hidden_act not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
             raise ValueError(
-                f"CLIPTextModel: hidden_act={hidden_act!r} is not implemented; it is one of {', '.join(_ACTIVATIONS)}."
+                f"CLIPTextModel: hidden_act={hidden_act!r} is not implemented; minidiff knows {known}"
             )
         self.activation = _ACTIVATIONS[hidden_act]
         self.fc1 = _linear(channels, inner_channels)
@@ -224,7 +239,7 @@ class CLIPMLP(nn.Module):
 
 
 def causal_mask(input_ids, attention_mask=None):
-    """True where a token may look: at itself and its predecessors, as far as attention_mask (B, T) is not 0 there.
+    """True where a token may look: at itself and what is before it, unless attention_mask (B, T) is 0 there.
 
     -> bool (1, 1, T, T), or (B, 1, T, T) with an attention_mask
     """
@@ -267,7 +282,7 @@ class Encoded(dict):
 
 
 class CLIPTokenizer:
-    """Text -> ids by byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), for vocabularies like CLIP's.
+    """Text -> ids by byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), in CLIP's manner.
 
     vocab {token: id} and merges ["a b", ...], best first, or the paths of a vocab.json and a merges.txt: the
     symbols of the 256 bytes, the same with "</w>" at the end of a word, what the merges make of them, and the
@@ -315,7 +330,7 @@ class CLIPTokenizer:
         return text, self._vocab[text]
 
     def _build(self):
-        """The steps of tokenizing, as transformers' CLIPTokenizer (5.x) has them: no ftfy, no HTML entities."""
+        """The steps of tokenizing, as in transformers 5: neither ftfy nor HTML entities are touched."""
         merges = [tuple(merge.split(" ")) for merge in self._merges]
         tokenizer = Tokenizer(
             models.BPE(self._vocab, merges, unk_token=self.unk_token, end_of_word_suffix="</w>")
@@ -434,7 +449,7 @@ class CLIPTokenizer:
                 )
 
     def decode(self, ids, skip_special_tokens: bool = False) -> str:
-        """The text of one id, or of a list, an array or a tensor of them (T,); in lower case, as the ids are."""
+        """The text of one id, or of a list, array or tensor of them (T,); in lower case, as the ids are."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         text = self._tokenizer.decode([ids] if isinstance(ids, int) else list(ids), skip_special_tokens)
         return text.replace("</w>", " ").strip()
@@ -444,7 +459,7 @@ class CLIPTokenizer:
         return [self.decode(row, skip_special_tokens) for row in ids]
 
     def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text as the vocabulary spells them, "</w>" at the end of a word; without start and end."""
+        """The tokens of a text, with "</w>" at the end of a word; without start and end."""
         return self.convert_ids_to_tokens(self(text, add_special_tokens=False).input_ids)
 
     def convert_ids_to_tokens(self, ids) -> list[str]:
@@ -466,24 +481,24 @@ class CLIPTokenizer:
         special_tokens_map.json (which wins: SD 2's two disagree on the pad token) and added_tokens.json, if
         present.
         """
-        folder = hub.resolve(name_or_path, _tokenizer_files, subfolder, **source)
+        paths = {path.name: path for path in hub.resolve(name_or_path, _tokenizer_files, subfolder, **source)}
         config, special, added, whole = (
-            layout.read_json(folder / name) if (folder / name).exists() else {} for name in _OPTIONAL_FILES
+            layout.read_json(paths[name]) if name in paths else {} for name in _OPTIONAL_FILES
         )
         try:
-            if (folder / "vocab.json").exists():
-                vocab, merges = layout.read_json(folder / "vocab.json"), folder / "merges.txt"
+            if "vocab.json" in paths:
+                vocab, merges = layout.read_json(paths["vocab.json"]), paths["merges.txt"]
             else:
                 vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
                 merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
             return cls(vocab, merges, **_token_options(len(vocab), config, special, added, whole))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder}: the tokenizer's files do not have the expected form ({error!r})"
-            ) from error
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the tokenizer of {name_or_path} is damaged: {error!r}") from error
 
     def save_pretrained(self, save_directory):
-        """Writes vocab.json, merges.txt and the rest as published checkpoints have them; transformers reads them."""
+        """Writes vocab.json, merges.txt and the rest, as published checkpoints have them."""
         folder = Path(save_directory)
         tokens = {role: _as_json(token) for role, token in self._special.items()}
         layout.write_text(folder / "vocab.json", json.dumps(self._vocab, ensure_ascii=False))
@@ -519,7 +534,7 @@ def _tokenizer_files(names, where):
 
 
 def _token_options(size, config, special, added, whole):
-    """The arguments of CLIPTokenizer beside a vocabulary of some size, from the contents of the optional files."""
+    """CLIPTokenizer's arguments for a vocabulary of that size, from the contents of the optional files."""
     roles = ("bos_token", "eos_token", "unk_token", "pad_token")
     # files since 2023 list every token with its flags in the config, and special_tokens_map.json is then
     # obsolete
@@ -562,7 +577,7 @@ def _read_merges(path) -> list[str]:
 
 
 def _check_vocabulary(vocab, merges):
-    """CheckpointError unless ids count up from 0 and the vocabulary has both halves and the result of every merge."""
+    """CheckpointError unless the ids count up from 0 and every merge has its halves and its result there."""
     if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
         raise CheckpointError(
             "CLIPTokenizer: the ids of a vocabulary must be 0, 1, 2, ..., each of them once"
