@@ -1,7 +1,8 @@
 """Where torch, NumPy and PIL meet: conversions, random numbers, pictures. No mathematics of diffusion.
 
-torch is never imported at the top: a tensor or generator can only come from a caller who imported it already, so that
-schedulers and sampling work where torch isn't installed. bfloat16 has no NumPy dtype and crosses as float32.
+torch is never imported at the top: a tensor or generator can only come from a caller who imported it already,
+so that schedulers and sampling work where torch isn't installed. bfloat16 has no NumPy dtype and crosses as
+float32.
 """
 
 import sys
@@ -42,9 +43,10 @@ def like(array: np.ndarray, reference):
 def draw_normal(shape, generator=None, dtype=np.float32, device=None) -> np.ndarray:
     """An ndarray of standard normal numbers: the same ones, in the same order, as diffusers draws.
 
-    generator is a torch.Generator, a numpy.random.Generator, or a list with one for each row of shape[0], so that image k
-    of a batch equals the same seed alone; a list of one counts as that one. None is torch's global generator, on device.
-    dtype, NumPy's or torch's, is the one that is drawn in: float64 draws differ from float32 ones.
+    generator is a torch.Generator, a numpy.random.Generator, or a list with one for each row of shape[0], so
+    that image k of a batch equals the same seed alone; a list of one counts as that one. None is torch's
+    global generator, on device. dtype, NumPy's or torch's, is the one that is drawn in: float64 draws differ
+    from float32 ones.
     """
     shape = tuple(shape)
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
@@ -59,7 +61,9 @@ def draw_normal(shape, generator=None, dtype=np.float32, device=None) -> np.ndar
 
 
 def _draw(shape, generator, dtype, device):
-    """One draw of the whole shape: torch draws fewer than 16 numbers in another way, so draws are never split."""
+    """One draw of the whole shape: torch draws fewer than 16 numbers in another way, so draws are never
+    split.
+    """
     if isinstance(generator, np.random.Generator):
         dtype = np.dtype("float32" if is_torch_dtype(dtype) else dtype)
         drawn = generator.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
@@ -78,7 +82,7 @@ def is_torch_dtype(dtype) -> bool:
 
 
 def _torch_for_drawing():
-    """torch, imported here if nobody has done so: without a generator the numbers come from its global one."""
+    """torch, imported here if nobody has: without a generator, numbers come from its global one."""
     try:
         import torch
     except ImportError:
@@ -90,11 +94,12 @@ def _torch_for_drawing():
 
 
 def to_images(pictures, output_type: str = "pil"):
-    """Pictures in [-1, 1], (B, C, H, W) array or tensor, as what a pipeline returns; values outside are clipped.
+    """Pictures in [-1, 1], (B, C, H, W) array or tensor, as what a pipeline returns; values outside are
+    clipped.
 
-    output_type "pil": a list of B PIL images (C = 1 grey, 3 RGB, 4 RGBA); "np": float32 (B, H, W, C) in [0, 1]; "pt": a tensor
-    (B, C, H, W) in [0, 1]. The arithmetic is done in the pictures' dtype and rounded half to even, as in diffusers.
-    Raises ValueError for another output_type and for values that are not finite.
+    output_type "pil": a list of B PIL images (C = 1 grey, 3 RGB, 4 RGBA); "np": float32 (B, H, W, C) in [0,
+    1]; "pt": a tensor (B, C, H, W) in [0, 1]. The arithmetic is done in the pictures' dtype and rounded half
+    to even, as in diffusers. Raises ValueError for another output_type and for values that are not finite.
     """
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")

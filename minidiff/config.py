@@ -1,8 +1,8 @@
 """config.json <-> constructor arguments, without torch.
 
-An object's config holds every constructor argument, defaults included, and remembers which of them were left at
-their default: only explicitly set values travel to another class (`from_config`). Models accept the keys that we do
-not implement only with the one value that means "off"; any other value is refused by name.
+An object's config holds every constructor argument, defaults included, and remembers which of them were left
+at their default: only explicitly set values travel to another class (`from_config`). Models accept the keys
+that we do not implement only with the one value that means "off"; any other value is refused by name.
 """
 
 import functools
@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import ClassVar
 
 DEFAULTED = "_use_default_values"  # diffusers' key for the names of arguments left at their default
 DIFFUSERS_VERSION = "0.42.0"  # the format that save_config writes
@@ -27,17 +28,19 @@ class Config(dict):
     def _refuse(self, *args, **kwargs):
         raise TypeError("a config is read-only: build another object with X.from_config(config, key=value)")
 
-    __setattr__ = __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
+    __setattr__ = __setitem__ = __ior__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
 
     def __reduce__(self):  # the default way to copy and unpickle a dict sets items one by one
         return Config, (dict(self),)
 
 
 class Configured:
-    """Base of everything with a config: records the constructor's arguments, reads and writes them as JSON."""
+    """Base of everything with a config: records the constructor's arguments, writes them as JSON."""
 
     config_name = "config.json"
-    fixed_options: dict = {}  # keys of published configs that we know with one value only: {key: that value}
+    fixed_options: ClassVar[
+        dict
+    ] = {}  # keys of published configs that have one value only: {key: that value}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -48,11 +51,13 @@ class Configured:
     def from_config(cls, config, **overrides):
         """An object from a dict or another object's .config; overrides count as explicitly set.
 
-        Keys left at their default in the source take this class's own default. Keys that this class does not know are
-        carried along in .config, so that A -> B -> A gives A's values back; models refuse them instead.
+        Keys left at their default in the source take this class's own default. Keys that this class does not
+        know are carried along in .config, so that A -> B -> A gives A's values back; models refuse them.
         """
         if not isinstance(config, dict):
-            raise TypeError(f"{cls.__name__}.from_config needs a dict or a .config, not {type(config).__name__}")
+            raise TypeError(
+                f"{cls.__name__}.from_config needs a dict or a .config, not {type(config).__name__}"
+            )
         defaulted = config.get(DEFAULTED, ())
         explicit = {k: v for k, v in config.items() if k not in defaulted and k != DEFAULTED} | overrides
         known = set(inspect.signature(cls.__init__).parameters) | set(cls.fixed_options)
@@ -83,15 +88,21 @@ def write_json(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(values, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _jsonable(value):
-    """NumPy arrays and scalars as lists and numbers; paths as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    """NumPy arrays, tensors and scalars as lists and numbers, paths as text; anything else can't be saved."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a config with a {type(value).__name__} in it can't be saved as JSON: {value!r}")
 
 
 def _recording(init):
@@ -100,12 +111,16 @@ def _recording(init):
 
     @functools.wraps(init)
     def wrapped(self, *args, **kwargs):
+        if type(self).__init__ is not wrapped:  # called by a subclass, whose arguments are recorded already
+            return init(self, *args, **kwargs)
         fixed = self.fixed_options
         given_fixed = {k: kwargs.pop(k) for k in list(kwargs) if k in fixed and k not in signature.parameters}
         for key, value in given_fixed.items():
-            if value != fixed[key]:
-                raise ValueError(f"{type(self).__name__}: {key}={value!r} is not implemented; minidiff knows only "
-                                 f"{key}={fixed[key]!r}")
+            if _plain(value) != _plain(fixed[key]):
+                raise ValueError(
+                    f"{type(self).__name__}: {key}={value!r} is not implemented; minidiff knows only "
+                    f"{key}={fixed[key]!r}"
+                )
         bound = signature.bind(self, *args, **kwargs)
         explicit = set(bound.arguments) | set(given_fixed)
         bound.apply_defaults()
@@ -114,3 +129,8 @@ def _recording(init):
         init(self, *args, **kwargs)
 
     return wrapped
+
+
+def _plain(value):
+    """value with lists in place of tuples, as JSON gives them back."""
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass
 class Step:
-    """What one turn of the loop made; the next turn goes on from `latents`, so assign to it to steer the sampling."""
+    """What one turn of the loop made; the next goes on from `latents`, so assign to it to steer."""
 
     index: int  # 0, 1, … over the timesteps
     t: np.number  # the timestep that the model saw
@@ -32,16 +32,19 @@ def sample(
     timesteps=None,
     generator=None,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
 ) -> Iterator[Step]:
     """Walks from noise to data and yields a `Step` after each timestep: the whole of sampling.
 
-    predict(x, t) is the model with all but the sample and the timestep bound to it: float32 (B, C, H, W) in and out.
-    latents: noise of that shape, already times scheduler.init_noise_sigma. timesteps: a part of scheduler.timesteps
-    (image-to-image starts late); all of them if None. generator and eta reach the schedulers whose step takes them:
-    a deterministic one has no use for either.
+    predict(x, t) is the model with all but the sample and the timestep bound to it: float32 (B, C, H, W) in
+    and out. latents: noise of that shape, already times scheduler.init_noise_sigma. timesteps: a part of
+    scheduler.timesteps (image-to-image starts late); all of them if None. generator, eta and
+    use_clipped_model_output reach the schedulers whose step takes them: a deterministic one has no use for
+    them.
     """
+    options = {"generator": generator, "eta": eta, "use_clipped_model_output": use_clipped_model_output}
     accepted = inspect.signature(scheduler.step).parameters
-    options = {k: v for k, v in (("generator", generator), ("eta", eta)) if k in accepted}
+    options = {name: value for name, value in options.items() if name in accepted}
     for index, t in enumerate(scheduler.timesteps if timesteps is None else timesteps):
         model_output = predict(scheduler.scale_model_input(latents, t), t)
         result = scheduler.step(model_output, t, latents, **options)
@@ -55,9 +58,9 @@ def guide(
 ) -> np.ndarray:
     """Classifier-free guidance: away from the prediction without the prompt, towards the one with it.
 
-    uncond, cond: (B, C, H, W) predictions. guidance_scale 1 is cond itself (Ho & Salimans 2022, arXiv:2207.12598; their w
-    is guidance_scale - 1). guidance_rescale in [0, 1] pulls the standard deviation of each row back to cond's, against
-    over-exposure (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16).
+    uncond, cond: (B, C, H, W) predictions. guidance_scale 1 is cond itself (Ho & Salimans 2022,
+    arXiv:2207.12598; their w is guidance_scale - 1). guidance_rescale in [0, 1] pulls the standard deviation
+    of each row back to cond's, against over-exposure (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16).
     """
     guided = uncond + guidance_scale * (cond - uncond)
     if guidance_rescale == 0:

@@ -1,7 +1,7 @@
 """The samplers: each turns what a model predicts into a step from noise towards data. NumPy only.
 
-Reading order: `schedule.py` (tables and the interface), `ddim.py` (the simplest update), `ddpm.py`, `pndm.py`,
-`sigmas.py` (schedules by noise level), `unipc.py`.
+Reading order: `schedule.py` (tables and the interface), `ddim.py` (the simplest update), `ddpm.py`,
+`pndm.py`, `sigmas.py` (schedules by noise level), `unipc.py`.
 """
 
 from minidiff.schedulers.ddim import DDIMScheduler

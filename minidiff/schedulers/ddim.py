@@ -33,7 +33,7 @@ class DDIMScheduler(Scheduler):
         self.final_alpha_cumprod = np.float32(1) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def set_timesteps(self, num_inference_steps: int, device=None):
-        """Chooses num_inference_steps timesteps to visit. device has no effect: timesteps are a NumPy array."""
+        """Chooses num_inference_steps timesteps. device has no effect: they are a NumPy array."""
         self.num_inference_steps = self._check_steps(num_inference_steps, self.config.num_train_timesteps)
         self.timesteps = self._spaced(self.num_inference_steps)
 
@@ -50,8 +50,8 @@ class DDIMScheduler(Scheduler):
     ):
         """From timestep to N // n below it; model_output and sample (B, C, …), prev_sample like sample.
 
-        eta in [0, 1]: the share of DDPM's noise, drawn with generator or given as variance_noise. use_clipped_model_output:
-        whether eps follows an x0 that was clipped.
+        eta in [0, 1]: the share of DDPM's noise, drawn with generator or given as variance_noise.
+        use_clipped_model_output: whether eps follows an x0 that was clipped.
         """
         if eta > 0 and generator is not None and variance_noise is not None:
             raise ValueError("step takes a generator or variance_noise: one of them, not both")
@@ -60,12 +60,10 @@ class DDIMScheduler(Scheduler):
         return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
 
     def update(self, model_output, t, sample, eta, use_clipped_model_output, noise):
-        """Song et al. 2020, eq. 12: to the predicted x0, and from there back along eps to the noise level of prev_t."""
+        """Song et al. 2020, eq. 12: to the predicted x0, and back from there along eps to prev_t."""
         c = self.config
-        prev_t = (
-            t - c.num_train_timesteps // self.num_inference_steps
-        )  # whatever the spacing, as in diffusers
-        a_t, a_prev = self._alpha_bar(t), self._alpha_bar(prev_t)
+        prev_t = t - c.num_train_timesteps // self.num_inference_steps  # in every spacing, as in diffusers
+        a_t, a_prev = self.alphas_cumprod[t], self._alpha_bar(prev_t)
         root_a, root_b = np.sqrt(a_t), np.sqrt(1 - a_t)
         x0 = predicted_x0(model_output, sample, root_a, root_b, c.prediction_type)
         eps = predicted_eps(model_output, sample, root_a, root_b, c.prediction_type)
@@ -82,5 +80,5 @@ class DDIMScheduler(Scheduler):
     def _get_variance(self, timestep, prev_timestep):
         """The noise of a step with eta 1, as a variance: eq. 16 squared."""
         a_t = self.alphas_cumprod[self._table_index(timestep)]
-        a_prev = self._alpha_bar(prev_timestep)
+        a_prev = self._alpha_bar(int(prev_timestep))
         return (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)

@@ -1,17 +1,22 @@
-"""DDPM, ancestral sampling: Ho et al. 2020, arXiv:2006.11239, and learned variances: Nichol & Dhariwal 2021, arXiv:2102.09672."""
+"""DDPM, ancestral sampling: Ho et al. 2020, arXiv:2006.11239.
+
+Learned variances: Nichol & Dhariwal 2021, arXiv:2102.09672.
+"""
 
 import numpy as np
 
 from minidiff.schedulers.schedule import Scheduler, log, predicted_x0, threshold
 
 LEARNED = ("learned", "learned_range")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED)
 
 
 class DDPMScheduler(Scheduler):
     """Steps back through the Markov chain that the model was trained on, with fresh noise at every step.
 
-    variance_type: how much noise. "fixed_small" and "fixed_large" are the lower and upper bound of Ho et al. (section 3.2);
-    with "learned" and "learned_range" the model's output has twice the sample's channels, the second half says how much.
+    variance_type: how much noise. "fixed_small" and "fixed_large" are the lower and upper bound of Ho et al.
+    (section 3.2); with "learned" and "learned_range" the model's output has twice the sample's channels, the
+    second half says how much.
     """
 
     beta_schedules = (*Scheduler.beta_schedules, "laplace", "sigmoid")
@@ -35,12 +40,17 @@ class DDPMScheduler(Scheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
+        if variance_type not in VARIANCES:
+            raise ValueError(f"variance_type is {variance_type!r}; it must be one of {', '.join(VARIANCES)}")
         self._make_tables()
         self.variance_type = variance_type
         self.custom_timesteps = False
 
     def set_timesteps(self, num_inference_steps: int | None = None, device=None, timesteps=None):
-        """Chooses the timesteps to visit: num_inference_steps of them, or a falling list of your own. device has no effect."""
+        """Chooses the timesteps: num_inference_steps of them, or a falling list of your own.
+
+        device has no effect: timesteps are a NumPy array.
+        """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
         if timesteps is None:
@@ -51,7 +61,7 @@ class DDPMScheduler(Scheduler):
         self.custom_timesteps = timesteps is not None
 
     def previous_timestep(self, timestep) -> int:
-        """The timestep after `timestep` in sampling order, -1 after the last; before set_timesteps the one below it."""
+        """The next of .timesteps, where a step leads to; -1 after the last; t - 1 if none are set."""
         t = self._table_index(timestep)
         if not (self.custom_timesteps or self.num_inference_steps):
             return t - 1
@@ -69,7 +79,7 @@ class DDPMScheduler(Scheduler):
         return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
 
     def update(self, model_output, t, sample, noise):
-        """Ho et al. 2020, eq. 7: the mean of x_{t-1} given x_t and the x0 that the model believes in, plus noise()."""
+        """Ho et al. 2020, eq. 7: the mean of x_{t-1} given x_t and the x0 that the model sees, plus noise."""
         c = self.config
         model_output, predicted_variance = self._split_variance(model_output, sample)
         a_t, a_prev = self._alphas_bar(t)
@@ -85,7 +95,7 @@ class DDPMScheduler(Scheduler):
         return prev, x0
 
     def _split_variance(self, model_output, sample):
-        """The prediction, and what the model says about the variance, where the output has both (twice the channels)."""
+        """The prediction, and what the model says about the variance, if the output's channels hold both."""
         if self.variance_type in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
             return np.split(model_output, 2, axis=1)
         return model_output, None
@@ -99,29 +109,26 @@ class DDPMScheduler(Scheduler):
         """What the noise of the step at t is multiplied by: a number, or an array like the sample."""
         if self.variance_type in LEARNED and predicted_variance is None:
             raise ValueError(
-                f"variance_type {self.variance_type!r} needs a model_output with twice the sample's channels; "
-                "for a model that doesn't predict its variance choose fixed_small or fixed_large"
+                f"variance_type {self.variance_type!r} needs a model_output of twice the sample's channels; for "
+                "a model that doesn't predict its variance choose fixed_small or fixed_large"
             )
         variance = self._get_variance(t, predicted_variance, self.variance_type)
         if self.variance_type == "fixed_small_log":
             return variance
         if self.variance_type == "learned_range":
             return np.exp(np.float32(0.5) * variance)
-        return np.sqrt(
-            variance
-        )  # NaN for fixed_large_log, a logarithm below 0: diffusers samples NaN there too
+        return np.sqrt(variance)  # fixed_large_log is below 0: NaN, in diffusers too
 
     def _alphas_bar(self, t):
         """a_t and that of the timestep after it in sampling order: 1 after the last."""
         return self.alphas_cumprod[t], self._alpha_bar(self.previous_timestep(t))
 
     def _get_variance(self, t, predicted_variance=None, variance_type=None):
-        """The variance at t in the sense of variance_type: itself, its root or its logarithm; see `_deviation`."""
+        """The variance at t as variance_type has it: itself, its root or its logarithm; see `_deviation`."""
         a_t, a_prev = self._alphas_bar(self._table_index(t))
         beta_t = 1 - a_t / a_prev  # "fixed_large"
-        variance = np.maximum(
-            (1 - a_prev) / (1 - a_t) * beta_t, np.float32(1e-20)
-        )  # eq. 7; 0 has no logarithm
+        variance = (1 - a_prev) / (1 - a_t) * beta_t  # eq. 7, "fixed_small"
+        variance = np.maximum(variance, np.float32(1e-20))  # 0 has no logarithm
         match variance_type or self.config.variance_type:
             case "fixed_small_log":
                 return np.exp(np.float32(0.5) * log(variance))

@@ -1,13 +1,14 @@
 """PNDM, pseudo numerical methods for diffusion models: Liu et al. 2022, arXiv:2202.09778.
 
-DDIM's step (eq. 11) is kept as "transfer", but the noise that it goes along is taken from a classic method:
-Runge-Kutta for the first four timesteps (PRK, eq. 13), then a linear multistep formula over the last four noises (PLMS, eq. 12).
-Stable Diffusion leaves out the Runge-Kutta part (skip_prk_steps) and warms up with formulas of lower order.
+DDIM's step is kept as the "transfer" (eq. 9), but the noise that it goes along comes from a classic method
+of order 4: Runge-Kutta for the first four timesteps (PRK, eq. 13), then a linear multistep formula over the
+last four noises (PLMS, eq. 12). Stable Diffusion leaves the Runge-Kutta part out (skip_prk_steps) and warms
+up with formulas of lower order.
 """
 
 import numpy as np
 
-from minidiff.schedulers.schedule import Scheduler, combine
+from minidiff.schedulers.schedule import Scheduler, combine, predicted_eps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)  # order 4: weights of its four model calls
 RK_TIMESTEPS = 4  # timesteps that the warm-up makes with Runge-Kutta
@@ -19,7 +20,7 @@ ADAMS_BASHFORTH = {  # number of noises -> weights, the newest first
 
 
 class PNDMScheduler(Scheduler):
-    """Four times as exact as DDIM for the same number of steps, by remembering the last noises.
+    """DDIM's steps along a better noise: of the fourth order, because the last noises are remembered.
 
     skip_prk_steps: go without the Runge-Kutta warm-up (n + 1 model calls for n steps; with it n + 9).
     set_alpha_to_one: whether the last step ends at no noise at all, or at that of timestep 0.
@@ -50,20 +51,18 @@ class PNDMScheduler(Scheduler):
         self.cur_sample = None  # the sample that a step with several model calls starts from
 
     def set_timesteps(self, num_inference_steps: int, device=None):
-        """Chooses the timesteps, in the order in which the model is called; some come twice or more. device has no effect."""
+        """Chooses the timesteps, in the order of the model's calls: some come twice. device has no effect."""
         n = self._check_steps(num_inference_steps)
         c = self.config
         spaced = self._spaced(n)
         if c.skip_prk_steps:
             self.prk_timesteps = np.array([])
-            self.plms_timesteps = np.concatenate(
-                [spaced[:1], spaced[1:2], spaced[1:]]
-            )  # the second one twice
+            self.plms_timesteps = np.concatenate([spaced[:2], spaced[1:]])  # the second one twice
         else:
             if len(spaced) < RK_TIMESTEPS:
                 raise ValueError(
-                    f"num_inference_steps is {n}; the Runge-Kutta warm-up takes at least {RK_TIMESTEPS}, "
-                    "or leave it out with skip_prk_steps=True"
+                    f"num_inference_steps is {n}; the Runge-Kutta warm-up takes at least {RK_TIMESTEPS}: "
+                    "take more, or leave it out with skip_prk_steps=True"
                 )
             halves = spaced[:RK_TIMESTEPS].repeat(2)  # each with the point half a step above it
             halves[::2] += c.num_train_timesteps // n // 2
@@ -74,13 +73,9 @@ class PNDMScheduler(Scheduler):
         self._forget()
 
     def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From timestep to the next; Runge-Kutta first, unless it is skipped. model_output and sample (B, C, …)."""
-        prk = (
-            not self.config.skip_prk_steps
-            and self.prk_timesteps is not None
-            and self.counter < len(self.prk_timesteps)
-        )
-        update = self.update_prk if prk else self.update_plms
+        """From timestep to the next, by Runge-Kutta first unless skipped; model_output, sample (B, C, …)."""
+        warm = self.prk_timesteps is None or self.counter >= len(self.prk_timesteps)
+        update = self.update_plms if warm else self.update_prk
         return self._step(update, model_output, timestep, sample, return_dict=return_dict)
 
     def step_prk(self, model_output, timestep, sample, return_dict: bool = True):
@@ -92,11 +87,10 @@ class PNDMScheduler(Scheduler):
         return self._step(self.update_plms, model_output, timestep, sample, return_dict=return_dict)
 
     def update_prk(self, model_output, t, sample):
-        """Liu et al. 2022, eq. 13: three trial steps to look at the noise there, then one along their weighted mean."""
-        if self.counter >= len(self.prk_timesteps):
-            raise ValueError(
-                f"all {len(self.prk_timesteps)} Runge-Kutta calls are made; go on with step or step_plms"
-            )
+        """Liu et al. 2022, eq. 13: three trial steps to see the noise there, then one along a mean."""
+        calls = len(self.prk_timesteps)
+        if self.counter >= calls:
+            raise ValueError(f"all {calls} Runge-Kutta calls are made; go on with step or step_plms")
         call = self.counter % 4
         half = self.config.num_train_timesteps // self.num_inference_steps // 2
         start, prev_t = self.prk_timesteps[self.counter - call], t if call % 2 else t - half
@@ -106,26 +100,24 @@ class PNDMScheduler(Scheduler):
         self.cur_model_output = self.cur_model_output + RUNGE_KUTTA[call] * model_output
         if call == 3:
             model_output, self.cur_model_output = self.cur_model_output, 0
-        return self._transfer(
-            sample if self.cur_sample is None else self.cur_sample, start, prev_t, model_output
-        )
+        origin = sample if self.cur_sample is None else self._array(self.cur_sample)
+        return self._transfer(origin, start, prev_t, model_output)
 
     def update_plms(self, model_output, t, sample):
         """Liu et al. 2022, eq. 12: along a noise extrapolated from the last four (Adams-Bashforth).
 
-        Without Runge-Kutta the first step is taken twice, the second time along the mean of the noises at both its ends.
+        Without Runge-Kutta the first step is taken twice, the second time along the mean of its ends' noises.
         """
-        if not self.config.skip_prk_steps and len(self.ets) < 3:
-            raise ValueError(
-                f"step_plms needs the noises of 3 Runge-Kutta steps, {len(self.ets)} are there; call step"
-            )
+        known = len(self.ets)
+        if not self.config.skip_prk_steps and known < 3:
+            raise ValueError(f"step_plms needs the noises of 3 Runge-Kutta steps and has {known}; call step")
         jump = self.config.num_train_timesteps // self.num_inference_steps
         prev_t = t - jump
         if self.counter == 1:
             t, prev_t = t + jump, t
         else:
             self.ets = [*self.ets[-3:], model_output]
-        ets = [self._array(e) for e in self.ets[::-1]]  # the newest first
+        ets = [self._array(e) for e in self.ets[-1:-5:-1]]  # the newest first
         if self.counter == 0:
             self.cur_sample = sample
         elif self.counter == 1 and len(ets) == 1:
@@ -138,13 +130,11 @@ class PNDMScheduler(Scheduler):
     def _transfer(self, sample, t, prev_t, model_output):
         """Liu et al. 2022, eq. 9: DDIM's step from t to prev_t along a noise, without a detour over x0."""
         self.counter += 1
-        a_t, a_prev = self._alpha_bar(t), self._alpha_bar(prev_t)
+        a_t, a_prev = self.alphas_cumprod[self._table_index(t)], self._alpha_bar(prev_t)
         b_t, b_prev = 1 - a_t, 1 - a_prev
-        if self.config.prediction_type == "v_prediction":
-            model_output = np.sqrt(a_t) * model_output + np.sqrt(b_t) * sample
-        elif self.config.prediction_type != "epsilon":
-            raise ValueError(
-                f"prediction_type is {self.config.prediction_type!r}; PNDM takes epsilon or v_prediction"
-            )
+        kind = self.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type is {kind!r}; PNDM takes epsilon or v_prediction")
+        eps = predicted_eps(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), kind)
         divisor = a_t * np.sqrt(b_prev) + np.sqrt(a_t * b_t * a_prev)
-        return np.sqrt(a_prev / a_t) * sample - (a_prev - a_t) / divisor * model_output, None
+        return np.sqrt(a_prev / a_t) * sample - (a_prev - a_t) / divisor * eps, None

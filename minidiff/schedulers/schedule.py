@@ -1,12 +1,14 @@
 """Noise schedules, and what all schedulers have in common; the update rules are in the files beside this one.
 
-A model is trained on N timesteps t, at each of which a sample is x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: a_t is
-`alphas_cumprod[t]`, the share of the data's variance that is left, eps standard normal (Ho et al. 2020, arXiv:2006.11239,
-eq. 4). Read first the tables (`make_betas`), then the timesteps that sampling visits (`space_timesteps`), then what a
-model's output says about x0 and eps (`predicted_x0`, `predicted_eps`), then `Scheduler`, whose `_step` is the frame of every step.
+A model is trained on N timesteps t, at each of which a sample is x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: a_t
+is `alphas_cumprod[t]`, the share of the data's variance that is left, eps standard normal (Ho et al. 2020,
+arXiv:2006.11239, eq. 4). Read first the tables (`make_betas`), then the timesteps that sampling visits
+(`space_timesteps`), then what a model's output says about x0 and eps (`predicted_x0`, `predicted_eps`), then
+`Scheduler`, whose `_step` is the frame of every step.
 
-Numbers are diffusers' to the last bit wherever that is possible: tables are float32, their scalars stay NumPy float32 scalars,
-and formulas keep the order of operations that they have there, because 1 - a_t near t = 0 turns a last bit into 1e-4.
+Numbers are diffusers' to the last bit wherever that is possible: tables are float32, their scalars stay NumPy
+float32 scalars, and formulas keep the order of operations that they have there, because 1 - a_t near t = 0
+turns a last bit into 1e-4.
 """
 
 import math
@@ -20,24 +22,19 @@ from minidiff.config import Config, Configured
 
 SPACINGS = "linspace, leading or trailing"
 PREDICTIONS = "epsilon, sample or v_prediction"
-MOST_TIMESTEPS = (
-    1_000_000  # far above every model; a table of more is a mistake in a config, met before memory is
-)
+MOST_TIMESTEPS = 1_000_000  # far above every model; more is a mistake in a config, met before memory is
 
 # The classes that from_config may switch between: all that sample the same kind of model.
 COMPATIBLE = (
-    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler",
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ tables over t = 0 … N-1
-
-
 def linspace(start: float, end: float, n: int) -> np.ndarray:
-    """n float32 numbers from start to end, rounded as torch.linspace rounds: from both ends, product and sum at once."""
+    """n float32 numbers from start to end, rounded as torch does: from both ends, product and sum at once."""
     if n == 1:
         return np.float32([start])
     start, end = np.float32(start), np.float32(end)
@@ -47,7 +44,7 @@ def linspace(start: float, end: float, n: int) -> np.ndarray:
 
 
 def make_betas(schedule: str, beta_start: float, beta_end: float, n: int) -> np.ndarray:
-    """The variance that each of n training timesteps adds, float32 (n,), for one of `beta_schedule`'s names."""
+    """The variance that each of n training timesteps adds, float32 (n,); schedule is a beta_schedule."""
     if schedule == "linear":  # Ho et al. 2020
         return linspace(beta_start, beta_end, n)
     if schedule == "scaled_linear":  # latent diffusion: linear in the standard deviation
@@ -66,7 +63,7 @@ def _alpha_bar_cosine(t):
 
 
 def _alpha_bar_laplace(t):
-    """Hang et al. 2024 (arXiv:2407.03297): the log signal-to-noise ratio is Laplace distributed, scale 0.5, t in [0, 1]."""
+    """Hang et al. 2024 (arXiv:2407.03297): log SNR with a Laplace distribution of scale 0.5; t in [0, 1]."""
     snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6))
     return math.sqrt(snr / (1 + snr))
 
@@ -77,7 +74,7 @@ def cumulative_product(alphas: np.ndarray) -> np.ndarray:
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """betas that leave no data at all at the last timestep (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    """betas that leave no data at the last timestep (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
     root = np.sqrt(cumulative_product(1 - betas))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))  # the first value stays, the last becomes 0
@@ -85,13 +82,11 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - np.concatenate([kept[:1], kept[1:] / kept[:-1]])
 
 
-def space_timesteps(
-    spacing: str, n_train: int, n: int, steps_offset: int, skip_last: bool = False
-) -> np.ndarray:
-    """n of the timesteps 0 … n_train - 1, falling, int64, spread in one of three ways (Lin et al. 2023, table 2).
+def space_timesteps(spacing: str, n_train: int, n: int, steps_offset: int, skip_last=False) -> np.ndarray:
+    """n of the timesteps 0 … n_train - 1, falling, int64, in one of three ways (Lin et al. 2023, table 2).
 
-    skip_last: linspace and leading lay out n + 1 and leave out the last one, t = 0 (the multistep solvers' habit).
-    "trailing" gives one more, -1, where n_train / n is rounded down, as at 1000 / 61; diffusers has it too.
+    skip_last: linspace and leading lay out n + 1 and leave out the last one, t = 0 (multistep solvers do).
+    Where n_train / n is rounded down, as 1000 / 61 is, trailing gives one more, -1, as it does in diffusers.
     """
     points = n + skip_last
     if spacing == "linspace":
@@ -103,9 +98,6 @@ def space_timesteps(
     else:
         raise ValueError(f"timestep_spacing is {spacing!r}; it must be {SPACINGS}")
     return timesteps[:n].astype(np.int64)
-
-
-# ------------------------------------------------------------------------------------------- what a model's output means
 
 
 def predicted_x0(model_output, sample, alpha, sigma, prediction_type: str) -> np.ndarray:
@@ -134,8 +126,8 @@ def predicted_eps(model_output, sample, alpha, sigma, prediction_type: str) -> n
 
 
 def log(x) -> np.float32:
-    """The logarithm of one number, rounded once to float32: NumPy's float32 log is off by a bit far more often than torch's."""
-    return np.float32(np.log(np.float64(x)))
+    """The logarithm of float32 numbers, rounded once: NumPy's own is off by a bit more often than torch's."""
+    return np.log(x, dtype=np.float64).astype(np.float32)
 
 
 def combine(weights, arrays) -> np.ndarray:
@@ -147,28 +139,27 @@ def combine(weights, arrays) -> np.ndarray:
 
 
 def threshold(x0: np.ndarray, ratio: float, largest: float) -> np.ndarray:
-    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): saturated pictures are scaled, not clipped.
+    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): scales instead of clipping.
 
-    For each row of x0 (B, …): s is the ratio-quantile of |x0|, kept within [1, largest]; x0 is clipped to [-s, s], then / s.
+    In each row of x0 (B, …): s is the ratio-quantile of |x0|, kept within [1, largest]; x0 is clipped to
+    [-s, s] and divided by s.
     """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio is {ratio}; it must be in [0, 1]")
     size = np.abs(x0).reshape(len(x0), -1)  # (B, n)
-    rank = x0.dtype.type(ratio) * x0.dtype.type(
-        size.shape[1] - 1
-    )  # rounded in x0's dtype, as torch.quantile does
+    number = x0.dtype.type
+    rank = number(ratio) * number(size.shape[1] - 1)  # rounded in x0's dtype, as torch.quantile does
     low = int(rank)
     high, weight = min(low + 1, size.shape[1] - 1), rank - low
     ordered = np.partition(size, (low, high), axis=1)
     a, b = ordered[:, low], ordered[:, high]  # (B,)
     s = a + weight * (b - a) if weight < 0.5 else b - (b - a) * (1 - weight)
-    s = np.minimum(np.maximum(s, 1), largest).astype(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, …)
+    s = np.minimum(np.maximum(s, 1), number(largest)).reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, …)
     return np.clip(x0, -s, s) / s
 
 
-# ---------------------------------------------------------------------------------------------------------- the interface
-
-
 class StepOutput(dict):
-    """What step returns: prev_sample and, from most schedulers, pred_original_sample; as attributes, keys or a tuple."""
+    """What step returns: prev_sample and mostly pred_original_sample; as attributes, keys or a tuple."""
 
     def __getattr__(self, name):
         try:
@@ -187,9 +178,10 @@ class StepOutput(dict):
 class Scheduler(Configured):
     """Base of all schedulers: config, tables, loading and saving, and the frame of a step.
 
-    A class writes out its constructor, `set_timesteps` and `step`, because people and pipelines read their signatures,
-    and one `update` with its mathematics. NumPy in gives NumPy out, torch in gives torch out, in the sample's dtype and on its
-    device. In between all is float32 (float64 for float64 samples), rounded once at the end.
+    A class writes out its constructor, `set_timesteps` and `step`, because people and pipelines read their
+    signatures, and one `update` with its mathematics. NumPy in gives NumPy out, torch in gives torch out, in
+    the sample's dtype and on its device. In between all is float32 (float64 for float64 samples), rounded
+    once at the end.
     """
 
     config_name = "scheduler_config.json"
@@ -206,21 +198,24 @@ class Scheduler(Configured):
     def compatibles(self) -> list[type]:
         """The classes that `from_config` may switch to."""
         package = sys.modules[__package__]
-        return [getattr(package, name) for name in COMPATIBLE if hasattr(package, name)]
+        others = [getattr(package, name) for name in COMPATIBLE if hasattr(package, name)]
+        return others if type(self) in others else [type(self), *others]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, *, variant=None, torch_dtype=None,
-                        use_safetensors=None, revision=None, cache_dir=None, local_files_only=False, token=None,
-                        **overrides):  # fmt: skip
+                        use_safetensors=None, revision=None, cache_dir=None, local_files_only=False,
+                        token=None, **overrides):  # fmt: skip
         """The scheduler of a built-in checkpoint, a folder or a hub id; the file may be another scheduler's.
 
-        overrides replace values of the file. variant, torch_dtype and use_safetensors are models' and have no meaning here.
-        Raises CheckpointError for a missing or broken file, naming it.
+        overrides replace values of the file. variant, torch_dtype and use_safetensors are models' and have no
+        meaning here. Raises CheckpointError for a missing or broken file, naming it.
         """
         from minidiff.checkpoints import CheckpointError, hub  # inside: most users of schedulers load nothing
 
-        where = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        config = hub.read_json(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **where)
+        config = hub.read_json(
+            pretrained_model_name_or_path, cls.config_name, subfolder,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+        )  # fmt: skip
         try:
             return cls.from_config(config, **overrides)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -250,8 +245,9 @@ class Scheduler(Configured):
         elif c.beta_schedule in self.beta_schedules:
             self.betas = make_betas(c.beta_schedule, c.beta_start, c.beta_end, n)
         else:
+            known = ", ".join(self.beta_schedules)
             raise NotImplementedError(
-                f"{type(self).__name__} has no beta_schedule {c.beta_schedule!r}; it has {', '.join(self.beta_schedules)}"
+                f"{type(self).__name__} has no beta_schedule {c.beta_schedule!r}; it has {known}"
             )
         if c.get("rescale_betas_zero_snr"):
             self.betas = rescale_zero_terminal_snr(self.betas)
@@ -268,7 +264,7 @@ class Scheduler(Configured):
             raise ValueError(f"num_inference_steps is {n}; it must be at least 1")
         if at_most is not None and n > at_most:
             raise ValueError(
-                f"num_inference_steps is {n}; this model was trained on {at_most} timesteps, so take at most those"
+                f"num_inference_steps is {n}; the model was trained on {at_most} timesteps: take no more"
             )
         return int(n)
 
@@ -276,39 +272,47 @@ class Scheduler(Configured):
         c = self.config
         return space_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset, skip_last)
 
+    def _custom(self, timesteps):
+        """A caller's own timesteps, a list, array or tensor, as int64; they must fall, within the training's."""
+        given = np.asarray(to_numpy(timesteps))
+        chosen = given.astype(np.int64) if given.dtype.kind in "iuf" else given
+        n = self.config.num_train_timesteps
+        if chosen.ndim != 1 or not chosen.size or chosen.dtype != np.int64 or (chosen != given).any():
+            raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers")
+        if (np.diff(chosen) >= 0).any():
+            raise ValueError(f"timesteps must fall from each to the next; {timesteps!r} does not")
+        if chosen[0] >= n or chosen[-1] < 0:
+            raise ValueError(
+                f"timesteps go from {chosen[0]} to {chosen[-1]}; they must be within {n - 1} to 0"
+            )
+        return chosen
+
     def _table_index(self, timestep):
-        """timestep, in any of the forms that people pass, as an int that the tables have; -1 is the last entry."""
+        """timestep, in any form that people pass, as an index into the tables; -1 means their last entry."""
         t = timestep.item() if hasattr(timestep, "item") else timestep
         if not isinstance(t, int | float) or t != t // 1:
             raise ValueError(f"timestep is {timestep!r}; {type(self).__name__} needs one whole number")
-        if not -1 <= t < len(self.alphas_cumprod):
-            raise ValueError(
-                f"timestep {t} is outside the {len(self.alphas_cumprod)} training timesteps; take it from .timesteps"
-            )
+        n = len(self.alphas_cumprod)
+        if not -1 <= t < n:
+            raise ValueError(f"timestep {t} is none of the {n} that the tables have; take it from .timesteps")
         return int(t)
 
     def _alpha_bar(self, t):
-        """a_t, a float32 scalar; final_alpha_cumprod for t < 0."""
-        if t >= len(self.alphas_cumprod):
-            raise ValueError(
-                f"this step starts at timestep {t}, past the {len(self.alphas_cumprod)} of the training"
-            )
+        """a_t where a step leads to, a float32 scalar; final_alpha_cumprod below timestep 0."""
         return self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod
 
     # -- the frame of a step
 
     def _step(self, update, model_output, timestep, sample, *options, return_dict=True):
-        """Around every update rule: `update(model_output, i, sample, *options)` on arrays, its results like `sample`.
+        """Around every update rule: update(model_output, i, sample, *options) on arrays, results like sample.
 
-        i is what `_position` makes of the timestep. update returns (prev_sample, x0), with x0 None where it has no guess.
+        i is what `_position` makes of the timestep. update returns (prev_sample, x0), x0 None if it has none.
         """
         if self.needs_timesteps and self.num_inference_steps is None:
             raise ValueError(f"{type(self).__name__} has no timesteps yet: call set_timesteps(n) before step")
         x, output = self._array(sample, "sample"), self._array(model_output, "model_output")
         self._check_shapes(output, x)
-        with np.errstate(
-            all="ignore"
-        ):  # zero-SNR tables divide by zero, as in diffusers; inf and NaN stay visible
+        with np.errstate(all="ignore"):  # zero-SNR tables divide by zero; inf and NaN stay, as in diffusers
             prev_sample, x0 = update(output, self._position(timestep), x, *options)
         result = StepOutput(prev_sample=like(prev_sample, sample))
         if x0 is not None:
@@ -316,7 +320,7 @@ class Scheduler(Configured):
         return result if return_dict else result.to_tuple()
 
     def _position(self, timestep):
-        """Where update is to start: a row of the tables; schedulers that step over sigmas count their steps instead."""
+        """Where update starts: an index into the tables; schedulers that walk over sigmas count instead."""
         return self._table_index(timestep)
 
     def _array(self, x, name="array"):
@@ -330,11 +334,11 @@ class Scheduler(Configured):
     def _check_shapes(self, model_output, sample):
         if model_output.shape != sample.shape or sample.ndim < 2:
             raise ValueError(
-                f"model_output has the shape {model_output.shape}, sample {sample.shape}; they must be equal, (B, C, …)"
+                f"model_output is {model_output.shape} and sample {sample.shape}; both must be (B, C, …), alike"
             )
 
     def _noise(self, model_output, sample, generator, given=None):
-        """A function that draws what the step adds, or hands over what was given; called only if needed, so seeds match."""
+        """A function for the noise that a step adds; called only if it is needed, so that seeds match."""
         if given is not None:
             return lambda: self._array(given, "variance_noise")
         device = model_output.device if is_tensor(model_output) else None
@@ -347,17 +351,17 @@ class Scheduler(Configured):
         return sample
 
     def add_noise(self, original_samples, noise, timesteps):
-        """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: original_samples (B, …) moved to B timesteps, as in training."""
+        """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: original_samples (B, …) moved to B timesteps."""
         alpha, sigma = self._signal_and_noise(original_samples, timesteps)
         return like(alpha * self._array(original_samples) + sigma * self._array(noise), original_samples)
 
     def get_velocity(self, sample, noise, timesteps):
-        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0 for x0 = sample (B, …): what a v_prediction model is trained to predict."""
+        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0, x0 = sample (B, …): the target of v_prediction models."""
         alpha, sigma = self._signal_and_noise(sample, timesteps)
         return like(alpha * self._array(noise) - sigma * self._array(sample), sample)
 
     def _signal_and_noise(self, samples, timesteps):
-        """sqrt(a_t), sqrt(1 - a_t), each (B, 1, …), from the table rounded to the samples' dtype, as diffusers has it."""
+        """sqrt(a_t), sqrt(1 - a_t), each (B, 1, …); from a table in samples' dtype, as in diffusers."""
         rows = np.array([self._table_index(t) for t in np.atleast_1d(to_numpy(timesteps))])
         a_t = self._array(like(self.alphas_cumprod, samples))[rows]
         a_t = a_t.reshape(-1, *[1] * (len(samples.shape) - 1))  # (B, 1, …)

@@ -1,8 +1,9 @@
-"""Schedules by noise level: sigma = sqrt((1 - a_t) / a_t), the noise's deviation per unit of data, instead of timesteps t.
+"""Schedules by noise level: sigma = sqrt((1 - a_t) / a_t), the noise's share of the data, instead of t.
 
-Solvers of the differential equation dx/dsigma step from one sigma to the next, so they choose sigmas: those of evenly spread
-timesteps, or spread by `karras`, `exponential`, `beta` or `flow`; `sigma_to_t` finds the timestep to tell the model.
-`SigmaScheduler` holds what all of them share: which step comes next, and noise added at a step of the schedule.
+Solvers of the differential equation dx/dsigma step from one sigma to the next, so they choose sigmas: those
+of evenly spread timesteps, or spread by `karras`, `exponential`, `beta` or `flow`; `sigma_to_t` finds the
+timestep to tell the model. `SigmaScheduler` holds what all of them share: which step comes next, and noise
+added at a step of the schedule.
 """
 
 import math
@@ -17,7 +18,7 @@ SMALLEST_ALPHA = np.float32(2**-24)
 
 
 def karras(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
-    """n falling sigmas, denser where there is little noise (Karras et al. 2022, arXiv:2206.00364, eq. 5, rho 7)."""
+    """n falling sigmas, dense at little noise (Karras et al. 2022, arXiv:2206.00364, eq. 5, rho 7)."""
     ends = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
     return (ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0])) ** 7
 
@@ -28,15 +29,15 @@ def exponential(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
 
 
 def beta(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
-    """n falling sigmas at the quantiles of a Beta(0.6, 0.6) distribution, dense at both ends (arXiv:2407.12173)."""
+    """n falling sigmas at quantiles of Beta(0.6, 0.6): dense at both ends (arXiv:2407.12173)."""
     return sigma_min + symmetric_beta_quantile(1 - np.linspace(0, 1, n), 0.6) * (sigma_max - sigma_min)
 
 
 def symmetric_beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
-    """x with P(X <= x) = p for X ~ Beta(a, a), float64: the inverse of the regularised incomplete beta function.
+    """x with P(X <= x) = p for X ~ Beta(a, a): the inverse regularised incomplete beta function, float64.
 
-    For x <= 1/2 that is x^a / B(a, a) times the sum over k of (1 - a)(2 - a)…(k - a) / k! / (a + k) x^k (DLMF 8.17.7);
-    60 terms are exact to float64 there. The other half is its mirror image.
+    For x <= 1/2 that is x^a / B(a, a) times the sum over k of (1 - a)(2 - a)…(k - a) / k! / (a + k) x^k
+    (DLMF 8.17.7); 60 terms are exact to float64 there. The other half is its mirror image.
     """
     lower = np.minimum(p, 1 - p)
     whole = math.gamma(a) ** 2 / math.gamma(2 * a)  # B(a, a)
@@ -51,17 +52,15 @@ def symmetric_beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
 
 
 def flow(n: int, n_train: int) -> np.ndarray:
-    """n falling sigmas from 1, evenly spread: rectified flow, where x = (1 - sigma) x0 + sigma eps (arXiv:2403.03206)."""
+    """n falling sigmas from 1, evenly spread: for x = (1 - sigma) x0 + sigma eps (arXiv:2403.03206)."""
     return np.linspace(1, 1 / n_train, n + 1)[:-1]
 
 
 def sigma_to_t(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
-    """The fractional timesteps with these sigmas, float64, interpolated in log_sigmas, the table over all timesteps."""
+    """The fractional timesteps with these sigmas, float64, looked up in log_sigmas, the table over all t."""
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
     at_least = log_sigma[None] - log_sigmas[:, None] >= 0  # (N, n)
-    low = (
-        np.cumsum(at_least, axis=0).argmax(axis=0).clip(max=len(log_sigmas) - 2)
-    )  # the last entry that is not above
+    low = np.cumsum(at_least, axis=0).argmax(axis=0).clip(max=len(log_sigmas) - 2)  # the last one not above
     below, above = log_sigmas[low], log_sigmas[low + 1]
     share = np.clip((below - log_sigma) / (below - above), 0, 1)
     return (1 - share) * low + share * (low + 1)
@@ -71,10 +70,10 @@ SPREADS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "
 
 
 class SigmaScheduler(Scheduler):
-    """Base of the schedulers that walk over `sigmas`, float32 (n + 1,), falling; the last is where sampling ends.
+    """Base of the schedulers that walk over `sigmas`, float32 (n + 1,), falling; sampling ends at the last.
 
-    Timesteps may repeat, so a step is found by counting: the first one from its timestep or `begin_index`, the others
-    follow. `step_index` is None until the first step.
+    Timesteps may repeat, so a step is found by counting: the first one from its timestep or `begin_index`,
+    the others follow. `step_index` is None until the first step.
     """
 
     unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
@@ -94,7 +93,7 @@ class SigmaScheduler(Scheduler):
         return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
     def _spread(self, lowest, highest, n):
-        """n falling sigmas between the two, or the config's sigma_min and sigma_max; None if the timesteps decide."""
+        """n falling sigmas between these, or the config's, bounds; None if it asks for those of timesteps."""
         c = self.config
         for key, spread in SPREADS.items():
             if c.get(key):
@@ -104,7 +103,7 @@ class SigmaScheduler(Scheduler):
         return None
 
     def _set_sigmas(self, sigmas, sigma_min):
-        """Stores the sigmas to visit and the one that sampling ends at: 0 or sigma_min; the count starts anew."""
+        """Stores the sigmas to visit and the one that sampling ends at, 0 or sigma_min; counts anew."""
         last = {"zero": 0, "sigma_min": sigma_min}.get(self.config.final_sigmas_type)
         if last is None:
             raise ValueError(
@@ -124,11 +123,11 @@ class SigmaScheduler(Scheduler):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0):
-        """Starts sampling at that step of the schedule, as image-to-image does, until set_timesteps is called again."""
+        """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
-        """Where timestep stands in the schedule; the second place if it has several, so that no sigma is left out."""
+        """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
         timesteps = self.timesteps if schedule_timesteps is None else to_numpy(schedule_timesteps)
         t = timestep.item() if hasattr(timestep, "item") else timestep
         places = np.flatnonzero(timesteps == t)
@@ -137,19 +136,19 @@ class SigmaScheduler(Scheduler):
         return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
 
     def _position(self, timestep):
-        """The index of this step; update rules get it in place of the timestep. The count goes on after the step."""
+        """The index of this step, which update rules get in place of the timestep, and which they move on."""
         if self._step_index is None:
-            self._step_index = (
-                self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-            )
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
         if self._step_index >= len(self.timesteps):
             raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
         return self._step_index
 
     def _signal_and_noise(self, samples, timesteps):
-        """(alpha, sigma) with x_t = alpha x0 + sigma eps, each (B, 1, …), for `add_noise` and `get_velocity`.
+        """alpha and sigma_t, each (B, 1, …), at the timesteps' places in the schedule.
 
-        At the timesteps' places in the schedule or, once a begin_index is set, at the current step for all.
+        Once a begin_index is set, all are at the current step. Before set_timesteps the timesteps fall while
+        the table rises, so that t gets the noise of N - 1 - t, as in diffusers: set timesteps first.
         """
         timesteps = np.atleast_1d(to_numpy(timesteps))
         if self._begin_index is None:
@@ -160,6 +159,6 @@ class SigmaScheduler(Scheduler):
         return self._alpha_sigma(sigma)
 
     def _alpha_sigma(self, sigma):
-        """(alpha, sigma_t) of x = alpha x0 + sigma_t eps with alpha^2 + sigma_t^2 = 1, for sigma = sigma_t / alpha."""
+        """alpha and sigma_t in x = alpha x0 + sigma_t eps, for sigma = sigma_t / alpha."""
         alpha = 1 / np.sqrt(sigma * sigma + 1)
         return alpha, sigma * alpha

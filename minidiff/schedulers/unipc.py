@@ -1,8 +1,8 @@
 """UniPC, a unified predictor-corrector: Zhao et al. 2023, arXiv:2302.04867.
 
-In lambda = log(alpha / sigma_t) the sampling equation is a plain integral over the model's x0 (or eps). The predictor
-(UniP) takes x0 as a polynomial through its last values; the corrector (UniC) goes over the last step once more when the
-model has seen where it led to: one order better for no more model calls.
+In lambda = log(alpha / sigma_t) the sampling equation is a plain integral over the model's x0 (or eps). The
+predictor (UniP) takes x0 as a polynomial through its last values; the corrector (UniC) goes over the last
+step once more when the model has seen where it led to: one order better for no more model calls.
 """
 
 import math
@@ -16,10 +16,11 @@ from minidiff.schedulers.sigmas import SigmaScheduler, flow, sigma_to_t
 class UniPCMultistepScheduler(SigmaScheduler):
     """Good pictures in 10 to 25 steps.
 
-    solver_order: points of the polynomial; 2 with guidance, 3 without. solver_type "bh1" or "bh2": the paper's B(h) = h or
-    e^h - 1. predict_x0: whether the polynomial is x0's or eps's. disable_corrector: steps after which nothing is corrected.
-    solver_p: another scheduler to take the predictor's place. use_flow_sigmas, flow_shift, use_dynamic_shifting,
-    time_shift_type, shift_terminal: for rectified-flow models.
+    solver_order: points of the polynomial; 2 with guidance, 3 without. solver_type "bh1" or "bh2": the
+    paper's B(h) = h or e^h - 1. predict_x0: whether the polynomial is x0's or eps's. disable_corrector: steps
+    after which nothing is corrected. solver_p: another scheduler to take the predictor's place.
+    use_flow_sigmas, flow_shift, use_dynamic_shifting, time_shift_type, shift_terminal: for rectified-flow
+    models.
     """
 
     unknown_is_last = True
@@ -58,13 +59,9 @@ class UniPCMultistepScheduler(SigmaScheduler):
     ):
         if shift_terminal is not None and not use_flow_sigmas:
             raise ValueError("shift_terminal works only with use_flow_sigmas=True")
-        if solver_order < 1:
-            raise ValueError(f"solver_order is {solver_order}; it must be at least 1")
-        if solver_type in (
-            "midpoint",
-            "heun",
-            "logrho",
-        ):  # other solvers' names, which come with their configs
+        if not 1 <= solver_order <= num_train_timesteps:
+            raise ValueError(f"solver_order is {solver_order}; it must be from 1 to num_train_timesteps")
+        if solver_type in ("midpoint", "heun", "logrho"):  # other solvers' names come with their configs
             self._change_config(solver_type="bh2")
         elif solver_type not in ("bh1", "bh2"):
             raise NotImplementedError(
@@ -80,10 +77,8 @@ class UniPCMultistepScheduler(SigmaScheduler):
         self.this_order = 0  # of the last predictor
         self.last_sample = None  # where it started from
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu: float | None = None
-    ):
-        """Chooses timesteps and sigmas: num_inference_steps of them or, for flow models, your own falling list of sigmas.
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None):
+        """Chooses timesteps and sigmas: num_inference_steps of them or, for flow models, a list of sigmas.
 
         mu: the shift of use_dynamic_shifting. device has no effect.
         """
@@ -107,6 +102,9 @@ class UniPCMultistepScheduler(SigmaScheduler):
             self._set_sigmas(sigmas, sigmas[-1])
         else:
             self._set_sigmas(np.interp(timesteps, np.arange(len(table)), table), table[0])
+        alpha, sigma = self._alpha_sigma(self.sigmas)
+        with np.errstate(divide="ignore"):  # lambda is infinite at sigma 0
+            self._levels = [*zip(alpha, sigma, log(alpha) - log(sigma), strict=True)]
         self.timesteps = timesteps.astype(np.int64)
         self.num_inference_steps = len(timesteps)
         if self.solver_p is not None:
@@ -123,7 +121,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return spread, timesteps.round() if c.use_karras_sigmas else timesteps
 
     def _shifted(self, sigmas, mu):
-        """Flow sigmas moved towards noise, as large pictures need it (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+        """Flow sigmas moved to more noise, for large pictures (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
         c = self.config
         if not c.use_dynamic_shifting:
             sigmas = c.flow_shift * sigmas / (1 + (c.flow_shift - 1) * sigmas)
@@ -133,15 +131,14 @@ class UniPCMultistepScheduler(SigmaScheduler):
         else:
             raise ValueError(f"time_shift_type is {c.time_shift_type!r}; it must be exponential or linear")
         if c.shift_terminal:
-            sigmas = 1 - (1 - sigmas) / (
-                (1 - sigmas[-1]) / (1 - c.shift_terminal)
-            )  # the last one lands on it
+            stretch = (1 - sigmas[-1]) / (1 - c.shift_terminal)
+            sigmas = 1 - (1 - sigmas) / stretch  # the last one lands on shift_terminal
         if abs(sigmas[0] - 1) < 1e-6:
             sigmas[0] -= 1e-6  # at 1 there is no data left and lambda is infinite
         return sigmas
 
     def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From this step's sigma to the next; model_output and sample (B, C, …), prev_sample like sample."""
+        """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample."""
         return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
 
     def update(self, model_output, i, sample):
@@ -165,7 +162,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
     def _convert(self, model_output, i, sample):
         """What the polynomial is made of: x0, or eps with predict_x0=False."""
         c = self.config
-        alpha, sigma = self._alpha_sigma(self.sigmas[i])
+        alpha, sigma, _ = self._levels[i]
         if not self.predict_x0:
             return predicted_eps(model_output, sample, alpha, sigma, c.prediction_type)
         if c.prediction_type == "flow_prediction":  # v = eps - x0
@@ -175,50 +172,48 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value) if c.thresholding else x0
 
     def _solve(self, start, order, sample, corrected=None):
-        """From sigmas[start] to the next: eq. 3 (UniP), or with corrected, the model's view from there, eq. 8 (UniC).
+        """From sigmas[start] to the next: UniP (eq. 3), or with the model's view from there UniC (eq. 8).
 
         For eps (predict_x0=False) h has the other sign, and alpha and sigma change places.
         """
-        alpha_s, sigma_s, lambda_s = self._level(start)
-        alpha_t, sigma_t, lambda_t = self._level(start + 1)
+        alpha_s, sigma_s, lambda_s = self._levels[start]
+        alpha_t, sigma_t, lambda_t = self._levels[start + 1]
         h = lambda_t - lambda_s
         outputs = [self._array(m) for m in self.model_outputs[-order:]][::-1]  # the newest first
-        nodes = [(self._level(start - k)[2] - lambda_s) / h for k in range(1, order)]  # r_k, below 0
+        nodes = [(self._levels[start - k][2] - lambda_s) / h for k in range(1, order)]  # r_k, below 0
         signed = -h if self.predict_x0 else h
         rise = np.float32(np.expm1(np.float64(signed)))  # rounded once, like log
         scale = rise if self.config.solver_type == "bh2" else signed  # B(h)
         keep, share = (sigma_t / sigma_s, alpha_t) if self.predict_x0 else (alpha_t / alpha_s, sigma_t)
+        fall = share * rise
+        if sigma_t == 0 and not self.predict_x0:
+            fall = alpha_t * sigma_s / alpha_s  # the limit of sigma_t (e^h - 1); diffusers has 0 * inf, NaN
         result = keep * sample
-        result -= share * rise * outputs[0]
+        result -= fall * outputs[0]
         weights = self._weights(nodes, moments(signed, rise, scale, order), corrected is not None)
         points = [*zip(nodes, outputs[1:], strict=True)]
         if corrected is not None:
             points.append((np.float32(1), corrected))
         for weight, (node, output) in zip(weights, points, strict=True):
-            result -= share * scale * (weight / node) * (output - outputs[0])
+            difference = output - outputs[0]
+            difference *= share * scale * (weight / node)
+            result -= difference
         return result
 
     def _weights(self, nodes, b, correct):
-        """rho of eq. 3 or 8: weights of the differences that make the step exact for polynomials through the nodes."""
+        """rho of eq. 3 or 8: the differences' weights, with which the step is exact for polynomials."""
         if correct:
-            return [0.5] if not nodes else solve_vandermonde([*nodes, 1], b)
-        return (
-            [0.5] if len(nodes) == 1 else solve_vandermonde(nodes, b[:-1])
-        )  # of order 2 by half: a simplified form
-
-    def _level(self, i):
-        """alpha, sigma_t and lambda at sigmas[i], float32 scalars."""
-        alpha, sigma = self._alpha_sigma(self.sigmas[i])
-        return alpha, sigma, log(alpha) - log(sigma)
+            return solve_vandermonde([*nodes, 1], b) if nodes else [0.5]  # the lowest orders in a simple form
+        return [0.5] if len(nodes) == 1 else solve_vandermonde(nodes, b[:-1])
 
     def _alpha_sigma(self, sigma):
         return (1 - sigma, sigma) if self.config.use_flow_sigmas else super()._alpha_sigma(sigma)
 
 
 def moments(h, rise, scale, order):
-    """b_k = k! h phi_{k+1}(h) / B(h) for k = 1 … order (eq. 5): what the weights have to reproduce; rise is e^h - 1.
+    """b_k = k! h phi_{k+1}(h) / B(h), k = 1 … order (eq. 5): what the weights reproduce. rise = e^h - 1.
 
-    In float32 and in this order, since the recursion cancels: for small h another one differs in the fourth digit.
+    In float32 and in this order, since it cancels: for small h, another order changes the fourth digit.
     """
     b, phi, factorial = [], rise / h - 1, 1
     for k in range(1, order + 1):
@@ -238,9 +233,8 @@ def solve_vandermonde(nodes, b) -> list[float]:
     for k in range(n - 2, -1, -1):
         for i in range(k + 1, n):
             if x[i] == x[i - k - 1]:
-                raise ValueError(
-                    "two of the last steps have one noise level: use lower_order_final=True or another spacing"
-                )
+                raise ValueError("two of the last steps have the same noise level: take fewer steps, or set "
+                                 "lower_order_final=True")  # fmt: skip
             w[i] /= x[i] - x[i - k - 1]
         for i in range(k, n - 1):
             w[i] -= w[i + 1]
