@@ -26,21 +26,34 @@ def _float64(array):
     return np.asarray(array, dtype=np.float64)
 
 
-def twins(name, dtype=torch.float64, **config):
-    """The model called name twice, (minidiff's, diffusers'), with the same random weights, in eval mode.
+def share_weights(ours, theirs, dtype=torch.float64):
+    """Both modules in eval mode with the same random weights, which travel strictly in both directions."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in theirs.parameters():  # norms start as 1 and 0, where a mix-up would not show
+            weight.add_(0.1 * torch.randn_like(weight))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours.to(dtype).eval(), theirs.to(dtype).eval()
 
-    The weights travel strictly in both directions: every name and shape is equal.
-    """
+
+def twins(name, dtype=torch.float64, **config):
+    """The model called name twice, (minidiff's, diffusers'), with the same random weights, in eval mode."""
     import diffusers
 
     import minidiff
 
     torch.manual_seed(0)
-    theirs = getattr(diffusers, name)(**config).to(dtype).eval()
-    with torch.no_grad():
-        for weight in theirs.parameters():  # norms start as 1 and 0, where a mix-up would not show
-            weight.add_(0.1 * torch.randn_like(weight))
-    ours = getattr(minidiff, name)(**config).to(dtype).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours, theirs
+    return share_weights(getattr(minidiff, name)(**config), getattr(diffusers, name)(**config), dtype)
+
+
+def both(name, steps=None, **config):
+    """The scheduler called name twice, (minidiff's, diffusers'), with `steps` timesteps if given."""
+    import diffusers
+
+    import minidiff
+
+    pair = getattr(minidiff, name)(**config), getattr(diffusers, name)(**config)
+    for scheduler in pair if steps is not None else ():
+        scheduler.set_timesteps(steps)
+    return pair
