@@ -95,8 +95,10 @@ def _local_folder(name_or_path):
         )
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None
-    raise CheckpointError(f"there is no checkpoint {name!r}: it is no folder, no repository id of the form "
-                          f"owner/name, and none of those that ship ({', '.join(BUILT_IN_NAMES)})")  # fmt: skip
+    raise CheckpointError(
+        f"there is no checkpoint {name!r}: it is no folder, no repository id of the form owner/name, and none of "
+        f"those that ship ({', '.join(BUILT_IN_NAMES)})"
+    )
 
 
 def _chosen(folder, choose, subfolder, note=""):
@@ -117,7 +119,7 @@ def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):
     # imported here: half a second that nobody with a local checkpoint needs
     from huggingface_hub import errors, snapshot_download
 
-    note, cause = "local_files_only=True", None
+    note, cause = "local_files_only=True forbids to ask the hub", None
     if not local_files_only:
         try:
             return _fetch(repo_id, choose, subfolder, token, place)
@@ -129,7 +131,7 @@ def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):
     try:
         snapshot = snapshot_download(repo_id, allow_patterns=[], local_files_only=True, **place)
     except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: {note}; and it is not in the cache") from cause or error
+        raise CheckpointError(f"{repo_id} is not in the cache, and {note}") from cause or error
     paths = _chosen(Path(snapshot), choose, subfolder, f" (as cached; {note})")
     if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
         logger.warning("%s: %s; using the copy in the cache", repo_id, note)
@@ -164,7 +166,7 @@ def _explain(error, repo_id, revision) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {revision!r}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE forbids to ask the hub"
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answered with HTTP status {error.response.status_code}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

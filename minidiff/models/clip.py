@@ -521,6 +521,12 @@ class CLIPTokenizer:
 
 
 _OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_SPECIAL_TOKENS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -534,26 +540,25 @@ def _tokenizer_files(names, where):
 
 
 def _token_options(size, config, special, added, whole):
-    """CLIPTokenizer's arguments for a vocabulary of that size, from the contents of the optional files."""
-    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-    # files since 2023 list every token with its flags in the config, and special_tokens_map.json is then
-    # obsolete
+    """CLIPTokenizer's arguments for a vocabulary of that size, from what the optional files hold."""
+    # Files since 2023 list every token with its flags in the config, and special_tokens_map.json is obsolete.
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    tokens = {role: config.get(role) for role in roles}
+    tokens = {role: config.get(role) or text for role, text in _SPECIAL_TOKENS.items()}
     if not listed:
-        tokens |= {role: special[role] for role in roles if role in special}
+        tokens |= {role: special[role] for role in _SPECIAL_TOKENS if special.get(role)}
         listed = {token["id"]: token for token in whole.get("added_tokens", [])}
         listed |= {i: text for text, i in added.items()}
     flags = {token["content"]: token for token in listed.values() if isinstance(token, dict)}
-    tokens = {role: flags.get(_added_token(token).content, token) for role, token in tokens.items() if token}
+    tokens = {role: flags.get(_added_token(token).content, token) for role, token in tokens.items()}
     extra = {i: token for i, token in sorted(listed.items()) if i >= size}
     if list(extra) != list(range(size, size + len(extra))):
         raise CheckpointError(
             f"CLIPTokenizer: added tokens must follow the vocabulary's {size} ids, not be {list(extra)}"
         )
     longest = config.get("model_max_length", 77)
-    # transformers writes 1e30 for "unknown"
-    return tokens | {"added_tokens": extra.values(), "model_max_length": longest if longest < 10**9 else 77}
+    if longest > 10**9:  # transformers writes 1e30 where it does not know
+        longest = 77
+    return tokens | {"added_tokens": extra.values(), "model_max_length": longest}
 
 
 def _added_token(token, special=False) -> AddedToken:
