@@ -109,8 +109,8 @@ class DDPMScheduler(Scheduler):
         """What the noise of the step at t is multiplied by: a number, or an array like the sample."""
         if self.variance_type in LEARNED and predicted_variance is None:
             raise ValueError(
-                f"variance_type {self.variance_type!r} needs a model_output of twice the sample's channels; for "
-                "a model that doesn't predict its variance choose fixed_small or fixed_large"
+                f"variance_type {self.variance_type!r} needs a model_output with twice the sample's "
+                "channels; for a model that doesn't predict its variance choose fixed_small or fixed_large"
             )
         variance = self._get_variance(t, predicted_variance, self.variance_type)
         if self.variance_type == "fixed_small_log":

@@ -273,7 +273,7 @@ class Scheduler(Configured):
         return space_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset, skip_last)
 
     def _custom(self, timesteps):
-        """A caller's own timesteps, a list, array or tensor, as int64; they must fall, within the training's."""
+        """A caller's own timesteps, a list, array or tensor, as int64; they must fall from below N."""
         given = np.asarray(to_numpy(timesteps))
         chosen = given.astype(np.int64) if given.dtype.kind in "iuf" else given
         n = self.config.num_train_timesteps
@@ -334,7 +334,7 @@ class Scheduler(Configured):
     def _check_shapes(self, model_output, sample):
         if model_output.shape != sample.shape or sample.ndim < 2:
             raise ValueError(
-                f"model_output is {model_output.shape} and sample {sample.shape}; both must be (B, C, …), alike"
+                f"model_output is {model_output.shape}, sample {sample.shape}; both must be (B, C, …), alike"
             )
 
     def _noise(self, model_output, sample, generator, given=None):

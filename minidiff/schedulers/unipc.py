@@ -121,7 +121,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return spread, timesteps.round() if c.use_karras_sigmas else timesteps
 
     def _shifted(self, sigmas, mu):
-        """Flow sigmas moved to more noise, for large pictures (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+        """Flow sigmas with more noise for large pictures (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
         c = self.config
         if not c.use_dynamic_shifting:
             sigmas = c.flow_shift * sigmas / (1 + (c.flow_shift - 1) * sigmas)
@@ -131,6 +131,8 @@ class UniPCMultistepScheduler(SigmaScheduler):
         else:
             raise ValueError(f"time_shift_type is {c.time_shift_type!r}; it must be exponential or linear")
         if c.shift_terminal:
+            if sigmas[-1] == 1:
+                raise ValueError("shift_terminal can't move a schedule of one step; take at least 2")
             stretch = (1 - sigmas[-1]) / (1 - c.shift_terminal)
             sigmas = 1 - (1 - sigmas) / stretch  # the last one lands on shift_terminal
         if abs(sigmas[0] - 1) < 1e-6:
@@ -142,7 +144,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
 
     def update(self, model_output, i, sample):
-        """Zhao et al. 2023, algorithm 1: corrects the step that led to sample, then predicts the next one."""
+        """Zhao et al. 2023, section 3: corrects the step that led to sample, then predicts the next one."""
         c = self.config
         believed = self._convert(model_output, i, sample)
         if i > 0 and i - 1 not in self.disable_corrector and self.last_sample is not None:
@@ -172,7 +174,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value) if c.thresholding else x0
 
     def _solve(self, start, order, sample, corrected=None):
-        """From sigmas[start] to the next: UniP (eq. 3), or with the model's view from there UniC (eq. 8).
+        """From sigmas[start] to the next: UniP (section 3.2), or with what the model saw there UniC (3.1).
 
         For eps (predict_x0=False) h has the other sign, and alpha and sigma change places.
         """
@@ -201,7 +203,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
         return result
 
     def _weights(self, nodes, b, correct):
-        """rho of eq. 3 or 8: the differences' weights, with which the step is exact for polynomials."""
+        """The weights of the differences, with which the step is exact for polynomials."""
         if correct:
             return solve_vandermonde([*nodes, 1], b) if nodes else [0.5]  # the lowest orders in a simple form
         return [0.5] if len(nodes) == 1 else solve_vandermonde(nodes, b[:-1])
@@ -211,7 +213,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
 
 
 def moments(h, rise, scale, order):
-    """b_k = k! h phi_{k+1}(h) / B(h), k = 1 … order (eq. 5): what the weights reproduce. rise = e^h - 1.
+    """b_k = k! h phi_{k+1}(h) / B(h), k = 1 … order : what the weights reproduce. rise = e^h - 1.
 
     In float32 and in this order, since it cancels: for small h, another order changes the fourth digit.
     """
@@ -232,10 +234,12 @@ def solve_vandermonde(nodes, b) -> list[float]:
             w[i] -= x[k] * w[i - 1]
     for k in range(n - 2, -1, -1):
         for i in range(k + 1, n):
-            if x[i] == x[i - k - 1]:
-                raise ValueError("two of the last steps have the same noise level: take fewer steps, or set "
-                                 "lower_order_final=True")  # fmt: skip
-            w[i] /= x[i] - x[i - k - 1]
+            gap = x[i] - x[i - k - 1]
+            if gap == 0:
+                raise ValueError(
+                    "two of the last steps have the same noise level: set lower_order_final=True"
+                )
+            w[i] /= gap
         for i in range(k, n - 1):
             w[i] -= w[i + 1]
     return w
