@@ -14,6 +14,18 @@ from safetensors.torch import save_file
 from minidiff.checkpoints import layout
 from minidiff.checkpoints.errors import CheckpointError
 
+# What torch's reader raises on damaged archives and pickles; fuzzing found no other.
+_DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+
 
 def read_tensors(paths) -> dict[str, torch.Tensor]:
     """All tensors by name, on the CPU: of one file, or of the shards that stand behind their index in paths.
@@ -91,8 +103,7 @@ def _read_pickle(path, start):
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is damaged or holds more than tensors, and loading that can run any "
                               "program; ask its author for safetensors") from error  # fmt: skip
-    # what a damaged archive or pickle makes of the reader
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"{path} is damaged or no file of torch.save ({_first_line(error)})") from error
     # training checkpoints hold the weights in state_dict
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded

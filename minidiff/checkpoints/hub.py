@@ -90,14 +90,12 @@ def _local_folder(name_or_path):
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise CheckpointError(
-            f"{name} is a file; from_pretrained takes a folder with config.json and weights"
-        )
+        raise CheckpointError(f"{name} is a file; give the folder that holds the config and the weights")
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None
+    ship = ", ".join(BUILT_IN_NAMES)
     raise CheckpointError(
-        f"there is no checkpoint {name!r}: it is no folder, no repository id of the form owner/name, and none of "
-        f"those that ship ({', '.join(BUILT_IN_NAMES)})"
+        f"there is no checkpoint {name!r}: it is no folder, no repository id (owner/name), and not {ship}"
     )
 
 

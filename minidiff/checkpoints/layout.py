@@ -54,12 +54,12 @@ def read_text(path) -> str:
         raise lfs_pointer(path)
     if len(data) > MAX_TEXT_BYTES:
         raise CheckpointError(
-            f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB: not a config or a vocabulary"
+            f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB: no config and no vocabulary"
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def read_json(path) -> dict:
