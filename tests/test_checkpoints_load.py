@@ -308,7 +308,8 @@ def test_missing_unexpected_and_misshaped_tensors_are_listed(net, tmp_path):
         Net.from_pretrained(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / WEIGHTS} does not fit {tmp_path / 'config.json'}; tensors: 2 missing: "
-        "attn.to_q.bias, count; 1 unexpected: lora.A; 1 of another shape: layers.0.weight (4, 5) instead of (4, 4)"
+        "attn.to_q.bias, count; 1 unexpected: lora.A; 1 of another shape: "
+        "layers.0.weight (4, 5) instead of (4, 4)"
     )
 
 

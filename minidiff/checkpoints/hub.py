@@ -87,7 +87,7 @@ def _local_folder(name_or_path):
     if isinstance(name_or_path, str) and name in BUILT_IN_NAMES:
         return BUILT_IN / name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(f"{name} is a file; give the folder that holds the config and the weights")
@@ -169,4 +169,7 @@ def _explain(error, repo_id, revision) -> str:
         return f"the hub answered with HTTP status {error.response.status_code}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk of the cache is full; make room, or pass cache_dir="
-    return f"the hub can't be reached ({type(error).__name__}: {error})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"the cache can't be written: {error}"
+    first_line = str(error).partition("\n")[0]
+    return f"the hub can't be reached ({type(error).__name__}: {first_line})"
