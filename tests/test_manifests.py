@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import minidiff
+from minidiff.checkpoints.keys import translate
 
 DATA = json.loads(gzip.decompress((Path(__file__).parent / "data/manifests.json.gz").read_bytes()))
 PARAMETERS = {  # counted in the published files
@@ -26,7 +27,6 @@ PARAMETERS = {  # counted in the published files
     "ddpm-celebahq-256.unet": 113_673_219,
     "stable-diffusion-v1-5.text_encoder": 123_060_480,
 }
-EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of 2022
 
 
 def on_meta(config):
@@ -39,19 +39,11 @@ def shapes(model):
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def renamed(name):
-    """A published name as ours: early attention has new names now, position_ids is constant."""
-    block, _, last = name.rpartition(".")
-    owner, _, layer = block.rpartition(".")
-    return f"{owner}.{EARLY[layer]}.{last}" if layer in EARLY and ".attentions." in name else name
-
-
 @pytest.mark.parametrize("file", DATA["files"])
 def test_names_and_shapes_equal_the_published_file(file):
     entry = DATA["files"][file]
-    published = {renamed(name): shape for name, shape in DATA["tensors"][entry["tensors"]].items()
-                 if not name.endswith("position_ids")}  # fmt: skip
-    assert shapes(on_meta(entry["config"])) == published
+    ours, published = shapes(on_meta(entry["config"])), DATA["tensors"][entry["tensors"]]
+    assert ours == {name: published[theirs] for name, theirs in translate(published, ours).items()}
 
 
 @pytest.mark.parametrize("name", DATA["configs"])

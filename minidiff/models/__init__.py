@@ -1,4 +1,7 @@
-"""The networks: read `layers.py`, then `unet.py`, `vae.py` and `clip.py`; `unet_ddpm.py` has no text."""
+"""The networks: read `layers.py`, then `unet.py`, `vae.py` and `clip.py`; `unet_ddpm.py` has no text.
+
+`levels.py` builds what they share from a config.
+"""
 
 import importlib
 

@@ -1,9 +1,9 @@
 """The layers that the models share: group norm, attention, residual blocks, resampling, embeddings.
 
 Attributes are named as the tensors in published checkpoints. Read `ResnetBlock2D` and `Attention` first; a
-level of a U-Net (`DownBlock2D`, `UpBlock2D`) is a row of them, and `down_path` and `up_path` build all
-levels. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B), attention (Vaswani et al. 2017, arXiv
-1706.03762), scale and shift by time (Dhariwal & Nichol 2021, arXiv 2105.05233).
+level of a U-Net (`DownBlock2D`, `UpBlock2D`) is a row of them. Papers: DDPM (Ho et al. 2020, arXiv
+2006.11239, appendix B), attention (Vaswani et al. 2017, arXiv 1706.03762), scale and shift by time (Dhariwal
+& Nichol 2021, arXiv 2105.05233).
 """
 
 import math
@@ -276,45 +276,6 @@ class UpBlock2D(nn.Module):
         return hidden_states
 
 
-def down_path(resnet, attentions, block_out_channels, layers_per_block, padding):
-    """The levels on the way down, and the channels of every skip, conv_in's first.
-
-    resnet(in_channels, out_channels) makes a resnet, attentions[level]() an attention (None: none at that
-    level); block_out_channels and layers_per_block have one entry per level; padding is Downsample2D's.
-    """
-    blocks, before = nn.ModuleList(), block_out_channels[0]
-    skip_channels = [before]
-    lowest = len(block_out_channels) - 1
-    for level, (channels, num_layers) in enumerate(zip(block_out_channels, layers_per_block, strict=True)):
-        resnets = [resnet(before if i == 0 else channels, channels) for i in range(num_layers)]
-        attend = attentions[level]
-        downsampler = Downsample2D(channels, padding) if level < lowest else None
-        blocks.append(DownBlock2D(resnets, [attend() for _ in resnets] if attend else [], downsampler))
-        skip_channels += [channels] * (num_layers + (level < lowest))
-        before = channels
-    return blocks, skip_channels
-
-
-def up_path(resnet, attentions, block_out_channels, layers_per_block, skip_channels):
-    """The levels on the way up, each with one resnet more than on the way down. Arguments: see down_path."""
-    blocks, before = nn.ModuleList(), block_out_channels[-1]
-    skip_channels = list(skip_channels)
-    for level, channels in reversed(list(enumerate(block_out_channels))):
-        resnets = []
-        for _ in range(layers_per_block[level] + 1):
-            resnets.append(resnet(before + skip_channels.pop(), channels))
-            before = channels
-        attend = attentions[level]
-        upsampler = Upsample2D(channels) if level > 0 else None
-        blocks.append(UpBlock2D(resnets, [attend() for _ in resnets] if attend else [], upsampler))
-    return blocks
-
-
-def makers_at(kind, block_types, makers):
-    """The makers of those levels whose block type is kind, None for others: the attentions of down_path."""
-    return [maker if block == kind else None for block, maker in zip(block_types, makers, strict=True)]
-
-
 def as_timesteps(timestep, sample):
     """timestep, a number, NumPy scalar, 0-d or (B,) tensor, as (B,) on the device of sample (B, …).
 
@@ -338,24 +299,3 @@ def embed_class(class_embedding, class_labels, temb):
         raise ValueError("this model needs class_labels, int (batch,): it was built with num_class_embeds="
                          f"{class_embedding.num_embeddings}")  # fmt: skip
     return temb + class_embedding(class_labels).to(temb.dtype)
-
-
-def check_levels(owner, block_out_channels, **block_types):
-    """Raises ValueError unless every list of block types has one known type per entry of block_out_channels.
-
-    block_types: argument name -> (its value, the types that owner implements).
-    """
-    for name, (types, known) in block_types.items():
-        if len(types) != len(block_out_channels):
-            raise ValueError(f"{owner}: {name} has {len(types)} entries, block_out_channels has "
-                             f"{len(block_out_channels)}; give one type per level")  # fmt: skip
-        for kind in types:
-            check_choice(owner, name, kind, *known)
-
-
-def check_choice(owner, name, value, *known):
-    """value; raises ValueError unless it is one of the known values of the option name."""
-    if value not in known:
-        choices = ", ".join(repr(choice) for choice in known)
-        raise ValueError(f"{owner}: {name}={value!r} is not implemented; minidiff knows {choices}")
-    return value

@@ -21,12 +21,16 @@ from minidiff.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     as_timesteps,
+    embed_class,
+    timestep_embedding,
+)
+from minidiff.models.levels import (
     check_choice,
+    check_given,
     check_levels,
     down_path,
-    embed_class,
     makers_at,
-    timestep_embedding,
+    per_level,
     up_path,
 )
 
@@ -63,37 +67,39 @@ class UNet2DConditionModel(PretrainedModel):
         projection_class_embeddings_input_dim=None,
     ):  # fmt: skip
         super().__init__()
-        check_levels("UNet2DConditionModel", block_out_channels,
+        name = "UNet2DConditionModel"
+        check_levels(name, block_out_channels,
                      down_block_types=(down_block_types, ["DownBlock2D", "CrossAttnDownBlock2D"]),
                      up_block_types=(up_block_types, ["UpBlock2D", "CrossAttnUpBlock2D"]))  # fmt: skip
-        choice = partial(check_choice, "UNet2DConditionModel")
-        per_level = partial(_per_level, len(block_out_channels))
-        layers = per_level("layers_per_block", layers_per_block)
-        heads = per_level("attention_head_dim", attention_head_dim)
-        depths = per_level("transformer_layers_per_block", transformer_layers_per_block)
-        text_channels = per_level("cross_attention_dim", cross_attention_dim)
-        only_cross = per_level("only_cross_attention", only_cross_attention)
+        layers, heads, depths, text_channels, only_cross = per_level(
+            name, len(block_out_channels), layers_per_block=layers_per_block,
+            attention_head_dim=attention_head_dim, transformer_layers_per_block=transformer_layers_per_block,
+            cross_attention_dim=cross_attention_dim, only_cross_attention=only_cross_attention)  # fmt: skip
         first, last, temb_channels = block_out_channels[0], block_out_channels[-1], 4 * block_out_channels[0]
+        waves = partial(timestep_embedding, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift)
         resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=norm_num_groups, eps=norm_eps,
                          act_fn=act_fn)  # fmt: skip
         transformers = [  # one maker per level
-            partial(Transformer2DModel, channels, heads[i], depths[i], text_channels[i],
-                    groups=norm_num_groups, use_linear_projection=use_linear_projection,
-                    only_cross_attention=only_cross[i])
-            for i, channels in enumerate(block_out_channels)
+            partial(Transformer2DModel, *sizes, groups=norm_num_groups, only_cross_attention=only,
+                    use_linear_projection=use_linear_projection)
+            for *sizes, only in zip(block_out_channels, heads, depths, text_channels, only_cross, strict=True)
         ]  # fmt: skip
 
+        self.center_input_sample, self.add_embedding = center_input_sample, None
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        self.time_proj = partial(waves, dim=first)
         self.time_embedding = TimestepEmbedding(first, temb_channels, act_fn, time_cond_proj_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, temb_channels) if num_class_embeds else None
-        self.add_embedding = None
-        if choice("addition_embed_type", addition_embed_type, None, "text_time") is not None:
-            _check_text_time(addition_time_embed_dim, projection_class_embeddings_input_dim)
+        if check_choice(name, "addition_embed_type", addition_embed_type, None, "text_time") is not None:
+            check_given(
+                f"{name}: addition_embed_type='text_time'", addition_time_embed_dim=addition_time_embed_dim,
+                projection_class_embeddings_input_dim=projection_class_embeddings_input_dim)  # fmt: skip
+            self.add_time_proj = partial(waves, dim=addition_time_embed_dim)
             self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, temb_channels)
         at = makers_at("CrossAttnDownBlock2D", down_block_types, transformers)
         self.down_blocks, skips = down_path(resnet, at, block_out_channels, layers, downsample_padding)
         self.mid_block = None
-        if choice("mid_block_type", mid_block_type, None, "UNetMidBlock2DCrossAttn") is not None:
+        if check_choice(name, "mid_block_type", mid_block_type, None, "UNetMidBlock2DCrossAttn") is not None:
             resnets = [resnet(last, last, scale_factor=mid_block_scale_factor) for _ in range(2)]
             self.mid_block = MidBlock2D(resnets, [transformers[-1](only_cross_attention=False)])
         at = makers_at("CrossAttnUpBlock2D", reversed(up_block_types), transformers)
@@ -119,9 +125,10 @@ class UNet2DConditionModel(PretrainedModel):
         """
         _refuse(cross_attention_kwargs=cross_attention_kwargs,
                 down_intrablock_additional_residuals=down_intrablock_additional_residuals)  # fmt: skip
-        if self.config.center_input_sample:
+        if self.center_input_sample:
             sample = 2 * sample - 1
-        temb = self._embed_time(sample, timestep, timestep_cond)  # (B, 4 * block_out_channels[0])
+        waves = self.time_proj(as_timesteps(timestep, sample)).to(sample.dtype)  # (B, block_out_channels[0])
+        temb = self.time_embedding(waves, timestep_cond)  # (B, 4 * block_out_channels[0])
         temb = embed_class(self.class_embedding, class_labels, temb)
         if self.add_embedding is not None:
             temb = temb + self._embed_text_time(added_cond_kwargs or {}, temb)
@@ -144,12 +151,6 @@ class UNet2DConditionModel(PretrainedModel):
         sample = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
         return Output(sample=sample) if return_dict else (sample,)
 
-    def _embed_time(self, sample, timestep, timestep_cond):
-        timesteps = as_timesteps(timestep, sample)  # (B,)
-        dim = self.config.block_out_channels[0]
-        waves = timestep_embedding(timesteps, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
-        return self.time_embedding(waves.to(sample.dtype), timestep_cond)
-
     def _embed_text_time(self, added_cond_kwargs, temb):
         """SDXL's text vector, picture and crop sizes (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
         missing = {"text_embeds", "time_ids"} - set(added_cond_kwargs)
@@ -157,11 +158,7 @@ class UNet2DConditionModel(PretrainedModel):
             raise ValueError(f"{type(self).__name__} with addition_embed_type='text_time' needs "
                              f"{' and '.join(sorted(missing))} in added_cond_kwargs")  # fmt: skip
         text_embeds, time_ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        config = self.config
-        waves = timestep_embedding(
-            time_ids.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift
-        )
-        waves = waves.reshape(len(text_embeds), -1)  # (B, 6 * addition_time_embed_dim)
+        waves = self.add_time_proj(time_ids.flatten()).reshape(len(text_embeds), -1)  # (B, 6 dims)
         added = torch.cat([text_embeds, waves], dim=-1)  # (B, projection_class_embeddings_input_dim)
         return self.add_embedding(added.to(temb.dtype))  # (B, 4 * block_out_channels[0])
 
@@ -247,22 +244,6 @@ class GEGLU(nn.Module):
     def forward(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
-
-
-def _per_level(levels, name, value):
-    """value as a list of one per level."""
-    if not isinstance(value, list | tuple):
-        return [value] * levels
-    if len(value) != levels or any(isinstance(entry, list | tuple) for entry in value):
-        raise ValueError(f"UNet2DConditionModel: {name}={value!r} is not implemented; give one value, or one "
-                         f"for each of the {levels} levels")  # fmt: skip
-    return list(value)
-
-
-def _check_text_time(addition_time_embed_dim, projection_class_embeddings_input_dim):
-    if not (addition_time_embed_dim and projection_class_embeddings_input_dim):
-        raise ValueError("UNet2DConditionModel: addition_embed_type='text_time' needs "
-                         "addition_time_embed_dim and projection_class_embeddings_input_dim")  # fmt: skip
 
 
 def _bias(mask, sample):

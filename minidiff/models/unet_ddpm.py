@@ -22,14 +22,10 @@ from minidiff.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     as_timesteps,
-    check_choice,
-    check_levels,
-    down_path,
     embed_class,
-    makers_at,
     timestep_embedding,
-    up_path,
 )
+from minidiff.models.levels import check_choice, check_given, check_levels, down_path, makers_at, up_path
 
 
 class UNet2DModel(PretrainedModel):
@@ -69,13 +65,17 @@ class UNet2DModel(PretrainedModel):
         attention = partial(AttentionBlock, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps)
         attentions = [partial(attention, channels) for channels in block_out_channels]  # one maker per level
 
+        self.center_input_sample, self.divide_by_time = center_input_sample, fourier
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         choice("time_embedding_type", time_embedding_type, "positional", "fourier", "learned")
-        self.time_proj = None  # two of the three types have weights
         if fourier:
             self.time_proj = FourierProjection(first)
         elif time_embedding_type == "learned":
-            self.time_proj = _table(num_train_timesteps, first)
+            check_given("UNet2DModel: time_embedding_type='learned'", num_train_timesteps=num_train_timesteps)
+            self.time_proj = nn.Embedding(num_train_timesteps, first)
+        else:
+            self.time_proj = partial(timestep_embedding, dim=first, flip_sin_to_cos=flip_sin_to_cos,
+                                     freq_shift=freq_shift)  # fmt: skip
         self.time_embedding = TimestepEmbedding(2 * first if fourier else first, temb_channels)
         self.class_embedding = nn.Embedding(num_class_embeds, temb_channels) if num_class_embeds else None
         at = makers_at("AttnDownBlock2D", down_block_types, attentions)
@@ -97,10 +97,13 @@ class UNet2DModel(PretrainedModel):
         sample (B, in_channels, H, W); timestep: a number (its fraction is cut off) or a tensor, one or (B,);
         class_labels int (B,), needed with num_class_embeds -> Output with sample (B, out_channels, H, W).
         """
-        if self.config.center_input_sample:
+        if self.center_input_sample:
             sample = 2 * sample - 1
-        timesteps = as_timesteps(timestep if torch.is_tensor(timestep) else int(timestep), sample)  # (B,)
-        temb = self.time_embedding(self._waves(timesteps).to(sample.dtype))  # (B, 4 * block_out_channels[0])
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(int(timestep))
+        timesteps = as_timesteps(timestep, sample)  # (B,)
+        waves = self.time_proj(timesteps).to(sample.dtype)  # (B, block_out_channels[0]), or twice as many
+        temb = self.time_embedding(waves)  # (B, 4 * block_out_channels[0])
         temb = embed_class(self.class_embedding, class_labels, temb)
 
         hidden_states = self.conv_in(sample)  # (B, block_out_channels[0], H, W)
@@ -113,16 +116,9 @@ class UNet2DModel(PretrainedModel):
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips, temb)
         sample = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
-        if self.config.time_embedding_type == "fourier":  # timesteps are noise levels then
+        if self.divide_by_time:  # timesteps are noise levels then, and the result is a score
             sample = sample / timesteps.to(sample.dtype)[:, None, None, None]
         return Output(sample=sample) if return_dict else (sample,)
-
-    def _waves(self, timesteps):
-        config = self.config
-        if config.time_embedding_type == "positional":
-            dim = config.block_out_channels[0]
-            return timestep_embedding(timesteps, dim, config.flip_sin_to_cos, config.freq_shift)
-        return self.time_proj(timesteps.long() if config.time_embedding_type == "learned" else timesteps)
 
 
 class FourierProjection(nn.Module):
@@ -135,9 +131,3 @@ class FourierProjection(nn.Module):
     def forward(self, x):
         angles = torch.log(x)[:, None] * self.weight * 2 * math.pi  # (B, num)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def _table(num_train_timesteps, dim):
-    if num_train_timesteps is None:
-        raise ValueError("UNet2DModel: time_embedding_type='learned' needs num_train_timesteps")
-    return nn.Embedding(num_train_timesteps, dim)

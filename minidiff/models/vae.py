@@ -18,9 +18,8 @@ from minidiff.models.layers import (
     Output,
     ResnetBlock2D,
     Upsample2D,
-    check_levels,
-    down_path,
 )
+from minidiff.models.levels import check_levels, down_path
 
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
 
