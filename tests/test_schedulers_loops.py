@@ -1,0 +1,168 @@
+"""Level 3: whole loops on fake models against diffusers, and against an exact solution."""
+
+import numpy as np
+import pytest
+import torch
+from parity import assert_close, both
+
+import minidiff
+
+LOOP = {"rtol": 1e-5, "atol": 1e-5}  # measured: 2e-6
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+LOOPS = [
+    ("DDPMScheduler", {}, {}),
+    ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "trailing"}, {}),
+    ("DDIMScheduler", {}, {}),
+    ("DDIMScheduler", {**STABLE_DIFFUSION, "set_alpha_to_one": False, "steps_offset": 1}, {"eta": 0.7}),
+    ("DDIMScheduler", {**ZERO_SNR, "timestep_spacing": "trailing"}, {}),
+    ("PNDMScheduler", {}, {}),
+    ("PNDMScheduler", {**STABLE_DIFFUSION, "skip_prk_steps": True, "steps_offset": 1}, {}),
+    ("UniPCMultistepScheduler", {}, {}),
+    ("UniPCMultistepScheduler", {**STABLE_DIFFUSION, "steps_offset": 1, "solver_order": 3}, {}),
+    ("UniPCMultistepScheduler", {**STABLE_DIFFUSION, "use_karras_sigmas": True}, {}),
+    ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 3.0}, {}),
+    ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}, {}),
+]  # fmt: skip
+
+
+def fake_model(x, t):
+    """A prediction that depends on sample and timestep and is neither linear nor zero; tensors in and out."""
+    return 0.8 * torch.tanh(x) + 0.1 * torch.sin(torch.tensor(float(t)) / 100)
+
+
+def noise(*shape):
+    return torch.from_numpy(np.random.default_rng(7).standard_normal(shape, dtype=np.float32))
+
+
+def run(scheduler, sample, timesteps=None, as_numpy=False, **options):
+    """The tutorials' loop."""
+    for t in scheduler.timesteps if timesteps is None else timesteps:
+        model_output = fake_model(scheduler.scale_model_input(sample, t), t)
+        if as_numpy:
+            model_output, sample = model_output.numpy(), sample.numpy()
+        sample = torch.as_tensor(scheduler.step(model_output, t, sample, **options).prev_sample)
+    return sample
+
+
+def seeded(name, seed=5):
+    """What a loop needs beside the sample: a fresh generator where noise is drawn."""
+    drawn = name in ("DDPMScheduler", "DDIMScheduler")
+    return {"generator": torch.Generator().manual_seed(seed)} if drawn else {}
+
+
+@pytest.mark.parametrize("as_numpy", [False, True], ids=["torch", "numpy"])
+@pytest.mark.parametrize("steps", [4, 17, 50])
+@pytest.mark.parametrize("name, config, options", LOOPS, ids=str)
+def test_a_whole_loop_equals_diffusers(name, config, options, steps, as_numpy):
+    ours, theirs = both(name, steps, **config)
+    expected = run(theirs, noise(2, 4, 6, 10), **options, **seeded(name))
+    assert_close(
+        run(ours, noise(2, 4, 6, 10), as_numpy=as_numpy, **options, **seeded(name)), expected, **LOOP
+    )
+
+
+@pytest.mark.parametrize("name, config, options", LOOPS, ids=str)
+def test_a_second_run_with_one_scheduler_equals_diffusers(name, config, options):
+    ours, theirs = both(name, 9, **config)
+    for steps in (9, 6):
+        results = []
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(steps)
+            results.append(run(scheduler, noise(1, 4, 6, 10), **options, **seeded(name)))
+        assert_close(*results, **LOOP)
+
+
+@pytest.mark.parametrize("name, config, options", LOOPS, ids=str)
+def test_an_interrupted_run_leaves_nothing_behind_after_set_timesteps(name, config, options):
+    ours, _ = both(name, 8, **config)
+    first = run(ours, noise(1, 4, 6, 10), **options, **seeded(name))
+    ours.set_timesteps(8)
+    run(ours, noise(1, 4, 6, 10) * 3, ours.timesteps[:3], **options, **seeded(name))
+    ours.set_timesteps(8)
+    assert_close(run(ours, noise(1, 4, 6, 10), **options, **seeded(name)), first)
+
+
+@pytest.mark.parametrize("begin_index", [False, True])
+@pytest.mark.parametrize(
+    "name, config, options", [x for x in LOOPS if x[:2] != ("PNDMScheduler", {})], ids=str
+)
+def test_a_run_from_the_middle_equals_diffusers(name, config, options, begin_index):
+    # all but the Runge-Kutta warm-up, which is at the start
+    ours, theirs = both(name, 12, **config)
+    results = []
+    for scheduler in (ours, theirs):
+        start = 5
+        if begin_index and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        clean, timesteps = noise(2, 4, 6, 10), scheduler.timesteps[start:]
+        noised = scheduler.add_noise(clean, noise(2, 4, 6, 10).flip(0), torch.tensor([int(timesteps[0])] * 2))
+        results.append(run(scheduler, noised, timesteps, **options, **seeded(name)))
+    assert_close(*results, **LOOP)
+
+
+@pytest.mark.parametrize("predictor", ["DDIMScheduler", "PNDMScheduler"])
+def test_unipc_corrects_another_schedulers_predictions_as_diffusers_does(predictor):
+    config = {"skip_prk_steps": True} if predictor == "PNDMScheduler" else {"clip_sample": False}
+    ours, theirs = both("UniPCMultistepScheduler", timestep_spacing="trailing")
+    predictors = both(predictor, timestep_spacing="trailing", **config)
+    for scheduler, other in zip((ours, theirs), predictors, strict=True):
+        scheduler.solver_p = other
+        scheduler.set_timesteps(8)
+    expected = run(theirs, noise(1, 4, 6, 10))
+    assert_close(run(ours, noise(1, 4, 6, 10)), expected, **LOOP)
+    assert_close(run(ours_again(ours), noise(1, 4, 6, 10), as_numpy=True), expected, **LOOP)
+
+
+def ours_again(scheduler):
+    scheduler.set_timesteps(8)
+    return scheduler
+
+
+# Moderate noise only, evenly spread in its logarithm: in a schedule that goes down to no noise at all, the
+# step there is so long that no order shows.
+MODERATE = {"trained_betas": [0.3] + [0.002] * 999}
+
+
+def exact_errors(scheduler, steps_list, spread=0.5):
+    """|sampled - exact| for data from N(0, spread^2), whose best prediction and sampling equation are known.
+
+    x / sqrt(alpha^2 spread^2 + sigma^2) is constant along it (Song et al. 2021, arXiv:2011.13456).
+    """
+    errors = []
+    for steps in steps_list:
+        scheduler.set_timesteps(steps)
+        table = scheduler.alphas_cumprod.astype(np.float64)
+        deviation = np.sqrt(table * spread**2 + 1 - table)
+        start = x = np.linspace(-2, 2, 12).reshape(1, 3, 4) * deviation[scheduler.timesteps[0]]
+        for t in scheduler.timesteps:
+            eps = np.sqrt(1 - table[t]) * x / deviation[t] ** 2
+            x = scheduler.step(eps, t, x).prev_sample
+        exact = start / deviation[scheduler.timesteps[0]] * deviation[0]
+        errors.append(np.abs(x - exact).max())
+    return errors
+
+
+@pytest.mark.parametrize(
+    "name, config, order",
+    [
+        ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, 1),
+        ("PNDMScheduler", {"skip_prk_steps": True}, 3),
+        ("PNDMScheduler", {}, 3),
+        ("UniPCMultistepScheduler", {"solver_order": 1, "disable_corrector": range(99)}, 1),
+        ("UniPCMultistepScheduler", {"solver_order": 1}, 2),
+        ("UniPCMultistepScheduler", {"solver_order": 2, "disable_corrector": range(99)}, 2),
+        ("UniPCMultistepScheduler", {"solver_order": 2}, 3),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, 4),
+    ],
+    ids=["ddim", "plms", "prk-plms", "unip-1", "unipc-1", "unip-2", "unipc-2", "unipc-3"],
+)
+def test_errors_fall_with_the_order_of_the_method(name, config, order):
+    """Twice the steps leave 2^-order of the error; the first and last cost up to 0.7 of a high order."""
+    scheduler = getattr(minidiff, name)(**config, **MODERATE)
+    if name == "UniPCMultistepScheduler":
+        options = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+        scheduler = type(scheduler).from_config(scheduler.config, **options)
+    few, many = exact_errors(scheduler, (20, 40))
+    assert order - (0.7 if order > 3 else 0.25) < np.log2(few / many) < order + 0.5, (few, many)
