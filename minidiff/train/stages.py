@@ -91,7 +91,7 @@ def train_unet(job: Job):
     latents = _stored_latents(job, vae, pictures)
     fresh = text_to_image.new_unet().to(memory_format=torch.channels_last)
     trainer = Trainer("unet", fresh, job.folder / "unet", job.recipe("unet", 1e-3, average=0.998))
-    loss_of = text_to_image.noise_loss(latents, encoder.to(trainer.device), vocabulary, vae.config.scaling_factor)
+    loss_of = text_to_image.noise_loss(latents, encoder.to(trainer.device, trainer.dtype), vocabulary, vae.config.scaling_factor)
 
     def look(unet, step):
         _write_scenes(job, unet)

@@ -4,6 +4,8 @@ Epsilon prediction (Ho et al. 2020, eq. 14) on Stable Diffusion's noise schedule
 (Hang et al. 2023, arXiv 2303.09556); a tenth of the captions is empty, for classifier-free guidance.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from minidiff.scenes import caption
 from minidiff.schedulers import PNDMScheduler
 from minidiff.train.autoencoder import start_small
 from minidiff.train.data import training_scene
+from minidiff.train.loop import fast_dtype
 from minidiff.train.text import WIDTH, caption_ids
 
 CONFIG = {
@@ -44,11 +47,13 @@ def new_unet() -> UNet2DConditionModel:
 
 def encode_pictures(vae, pictures, batch=64):
     """pictures (N, 128, 128, 3) uint8 -> means and standard deviations of their latents, each (N, 4, 16, 16) float16."""
+    dtype = fast_dtype(vae.device)
+    encoder = copy.deepcopy(vae).to(dtype, memory_format=torch.channels_last)
     means, stds = [], []
     with torch.inference_mode():
         for rows in tqdm(torch.from_numpy(pictures).split(batch), desc="latents", mininterval=5):
-            x = rows.permute(0, 3, 1, 2).to(vae.device, vae.dtype, memory_format=torch.channels_last) / 127.5 - 1
-            posterior = vae.encode(x).latent_dist
+            x = rows.permute(0, 3, 1, 2).to(vae.device, dtype, memory_format=torch.channels_last) / 127.5 - 1
+            posterior = encoder.encode(x).latent_dist
             means.append(posterior.mean.half().cpu())
             stds.append(posterior.std.half().cpu())
     return torch.cat(means), torch.cat(stds)
@@ -63,6 +68,7 @@ def noise_loss(latents, text_encoder, vocabulary, scaling_factor):
     """The loss of one step as Trainer wants it. latents: (means, stds) of training pictures 0 to N - 1."""
     means, stds = latents
     signal = torch.from_numpy(PNDMScheduler(**SCHEDULER).alphas_cumprod)  # (1000,)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too: no detour by float32
 
     def loss_of(unet, generator, step):
         numbers = torch.randint(len(means), (BATCH,), generator=generator)
