@@ -4,9 +4,7 @@
 `CLIPTextTransformer` on. Attributes are named as the tensors in published checkpoints.
 """
 
-import json
 import warnings
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,9 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 
 from minidiff import ops
-from minidiff.checkpoints import CheckpointError, hub, layout
+from minidiff.checkpoints import CheckpointError, layout, vocabulary
 from minidiff.checkpoints.load import PretrainedModel
-from minidiff.config import write_json
 from minidiff.models.layers import Output
 
 # Keys of transformers' configs that change nothing in a text encoder's forward pass: provenance, how the
@@ -244,12 +241,8 @@ def causal_mask(input_ids, attention_mask=None):
     -> bool (1, 1, T, T), or (B, 1, T, T) with an attention_mask
     """
     length = input_ids.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[
-        None, None
-    ]  # (1, 1, T, T)
-    if attention_mask is None:
-        return mask
-    return mask & (attention_mask != 0)[:, None, None, :]  # (B, 1, T, T)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
+    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, None, :]  # (B, 1, T, T)
 
 
 def quick_gelu(x):
@@ -305,7 +298,7 @@ class CLIPTokenizer:
         added_tokens=(),
     ):
         self._vocab = dict(vocab) if isinstance(vocab, dict) else layout.read_json(vocab)
-        self._merges = list(merges) if isinstance(merges, list | tuple) else _read_merges(merges)
+        self._merges = list(merges) if isinstance(merges, list | tuple) else vocabulary.read_merges(merges)
         self._special = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -314,7 +307,7 @@ class CLIPTokenizer:
         }
         self._added = list(added_tokens)
         self.model_max_length = model_max_length
-        _check_vocabulary(self._vocab, self._merges)
+        vocabulary.check(self._vocab, self._merges)
         self.bos_token, self.bos_token_id = self._known("bos_token")
         self.eos_token, self.eos_token_id = self._known("eos_token")
         self.unk_token, self.unk_token_id = self._known("unk_token")
@@ -324,7 +317,7 @@ class CLIPTokenizer:
 
     def _known(self, role):
         """The text and the id of a special token."""
-        text = _added_token(self._special[role]).content
+        text = vocabulary.content(self._special[role])
         if text not in self._vocab:
             raise CheckpointError(f"CLIPTokenizer: the vocabulary lacks the {role} {text!r}")
         return text, self._vocab[text]
@@ -332,23 +325,19 @@ class CLIPTokenizer:
     def _build(self):
         """The steps of tokenizing, as in transformers 5: neither ftfy nor HTML entities are touched."""
         merges = [tuple(merge.split(" ")) for merge in self._merges]
-        tokenizer = Tokenizer(
-            models.BPE(self._vocab, merges, unk_token=self.unk_token, end_of_word_suffix="</w>")
-        )
+        model = models.BPE(self._vocab, merges, unk_token=self.unk_token, end_of_word_suffix="</w>")
+        tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        # a word is a run of letters, one digit, a run of signs, or an English ending such as 's; the rest is
-        # dropped
+        # a word is a run of letters, one digit, a run of signs, or an English ending; the rest is dropped
         words = Regex(
             r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
         )
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(words, behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(
-                    add_prefix_space=False
-                ),  # UTF-8 bytes, each one as a printable symbol
+                pre_tokenizers.ByteLevel(add_prefix_space=False),  # its UTF-8 bytes, as printable symbols
             ]
         )
         tokenizer.decoder = decoders.ByteLevel()
@@ -403,18 +392,17 @@ class CLIPTokenizer:
             "attention_mask": [e.attention_mask for e in encodings],
         }
         if return_tensors is None:
-            return Encoded(
-                {name: values[0] for name, values in rows.items()} if isinstance(text, str) else rows
-            )
+            one = isinstance(text, str)
+            return Encoded({name: values[0] if one else values for name, values in rows.items()})
         lengths = sorted({len(ids) for ids in rows["input_ids"]})
         if len(lengths) > 1:
             raise ValueError(
                 f"texts of {', '.join(map(str, lengths))} tokens make no tensor; pass padding=True"
             )
         tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}  # (B, T)
-        return Encoded(
-            tensors if return_tensors == "pt" else {name: t.numpy() for name, t in tensors.items()}
-        )
+        if return_tensors == "np":
+            tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return Encoded(tensors)
 
     def _set_truncation(self, truncation, length, least):
         if truncation in (False, "do_not_truncate"):
@@ -475,121 +463,18 @@ class CLIPTokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path, subfolder=None, **source):
-        """The tokenizer of a checkpoint; the arguments and errors are those of checkpoints.hub.resolve.
-
-        Reads vocab.json and merges.txt, or tokenizer.json, and beside them tokenizer_config.json,
-        special_tokens_map.json (which wins: SD 2's two disagree on the pad token) and added_tokens.json, if
-        present.
-        """
-        paths = {path.name: path for path in hub.resolve(name_or_path, _tokenizer_files, subfolder, **source)}
-        config, special, added, whole = (
-            layout.read_json(paths[name]) if name in paths else {} for name in _OPTIONAL_FILES
-        )
-        try:
-            if "vocab.json" in paths:
-                vocab, merges = layout.read_json(paths["vocab.json"]), paths["merges.txt"]
-            else:
-                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-                merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
-            return cls(vocab, merges, **_token_options(len(vocab), config, special, added, whole))
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the tokenizer of {name_or_path} is damaged: {error!r}") from error
+        """The tokenizer of a checkpoint; the arguments and errors are those of checkpoints.hub.resolve."""
+        return cls(**vocabulary.read(name_or_path, subfolder, **source))
 
     def save_pretrained(self, save_directory):
         """Writes vocab.json, merges.txt and the rest, as published checkpoints have them."""
-        folder = Path(save_directory)
-        tokens = {role: _as_json(token) for role, token in self._special.items()}
-        layout.write_text(folder / "vocab.json", json.dumps(self._vocab, ensure_ascii=False))
-        layout.write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *self._merges, ""]))
-        write_json(folder / "special_tokens_map.json", tokens)
-        if self._added:
-            extra = [_added_token(token).content for token in self._added]
-            write_json(
-                folder / "added_tokens.json", {text: self.vocab_size + i for i, text in enumerate(extra)}
-            )
-        config = {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": self.model_max_length,
-            "do_lower_case": True,
-        }
-        write_json(
-            folder / "tokenizer_config.json",
-            config | tokens | {"add_prefix_space": False, "errors": "replace"},
-        )
+        files = (self._vocab, self._merges, self._special, self._added, self.model_max_length)
+        vocabulary.write(save_directory, *files)
 
 
-_OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-_SPECIAL_TOKENS = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _tokenizer_files(names, where):
-    """The files that from_pretrained reads, of those in a tokenizer's folder."""
-    if "vocab.json" in names or "tokenizer.json" not in names:
-        needed = [hub.one_of(names, where, "vocab.json"), hub.one_of(names, where, "merges.txt")]
-    else:
-        needed = []
-    return needed + [name for name in _OPTIONAL_FILES if name in names]
-
-
-def _token_options(size, config, special, added, whole):
-    """CLIPTokenizer's arguments for a vocabulary of that size, from what the optional files hold."""
-    # Files since 2023 list every token with its flags in the config, and special_tokens_map.json is obsolete.
-    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    tokens = {role: config.get(role) or text for role, text in _SPECIAL_TOKENS.items()}
-    if not listed:
-        tokens |= {role: special[role] for role in _SPECIAL_TOKENS if special.get(role)}
-        listed = {token["id"]: token for token in whole.get("added_tokens", [])}
-        listed |= {i: text for text, i in added.items()}
-    flags = {token["content"]: token for token in listed.values() if isinstance(token, dict)}
-    tokens = {role: flags.get(_added_token(token).content, token) for role, token in tokens.items()}
-    extra = {i: token for i, token in sorted(listed.items()) if i >= size}
-    if list(extra) != list(range(size, size + len(extra))):
-        raise CheckpointError(
-            f"CLIPTokenizer: added tokens must follow the vocabulary's {size} ids, not be {list(extra)}"
-        )
-    longest = config.get("model_max_length", 77)
-    if longest > 10**9:  # transformers writes 1e30 where it does not know
-        longest = 77
-    return tokens | {"added_tokens": extra.values(), "model_max_length": longest}
-
-
-def _added_token(token, special=False) -> AddedToken:
-    """A token for the tokenizers library, from its text or from a dict with flags."""
-    if isinstance(token, str):
-        return AddedToken(token, special=special)  # found as written only, if special
-    flags = {flag: bool(token[flag]) for flag in _TOKEN_FLAGS if flag in token}
-    return AddedToken(token["content"], **flags | ({"special": True} if special else {}))
-
-
-def _as_json(token):
-    """A special token as published files hold it."""
-    if isinstance(token, str):
-        return token
-    return {"content": token["content"]} | {flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS[:4]}
-
-
-def _read_merges(path) -> list[str]:
-    lines = layout.read_text(path).replace("\r\n", "\n").split("\n")
-    return [line for line in lines if line and not line.startswith("#version")]
-
-
-def _check_vocabulary(vocab, merges):
-    """CheckpointError unless the ids count up from 0 and every merge has its halves and its result there."""
-    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
-        raise CheckpointError(
-            "CLIPTokenizer: the ids of a vocabulary must be 0, 1, 2, ..., each of them once"
-        )
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= vocab.keys():
-            raise CheckpointError(
-                f"CLIPTokenizer: the vocabulary lacks a part or the result of the merge {merge!r}"
-            )
+def _added_token(token, **flags) -> AddedToken:
+    """A token for the tokenizers library, from its text or from a dict as tokenizer_config.json has them."""
+    if isinstance(token, dict):
+        known = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        flags = {flag: bool(token[flag]) for flag in known if flag in token} | flags
+    return AddedToken(vocabulary.content(token), **flags)
