@@ -19,11 +19,12 @@ DIFFUSERS_VERSION = "0.42.0"  # the format that save_config writes
 class Config(dict):
     """A read-only dict of constructor arguments whose keys are attributes too."""
 
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"this config has no key {name!r}; its keys are {', '.join(self)}") from None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__.update(self)  # so that a look-up runs no code of ours
+
+    def __getattr__(self, name):  # only called for what is not there
+        raise AttributeError(f"this config has no key {name!r}; its keys are {', '.join(self)}")
 
     def _refuse(self, *args, **kwargs):
         raise TypeError("a config is read-only: build another object with X.from_config(config, key=value)")
