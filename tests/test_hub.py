@@ -1,5 +1,6 @@
 """Repositories of the hub, against a server on this machine that speaks the hub's protocol."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -232,6 +233,13 @@ def test_a_cache_that_can_not_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="the cache can't be written: "):
         hub.read_json("me/tiny", "model_index.json", cache_dir=tmp_path / "file")
+
+
+def test_a_full_disk_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert (
+        hub._explain(error, "me/tiny", None) == "the disk of the cache is full; make room, or pass cache_dir="
+    )
 
 
 @pytest.mark.slow  # huggingface_hub tries again, with pauses

@@ -1,7 +1,8 @@
 """Bytes and names of checkpoints: from a built-in name, a folder or a hub id to configs and tensors.
 
-Reading order: `hub.py` (which files), `files.py` (what is in them), `keys.py` (what older files call it),
-`load.py` (a model from it). Nothing here knows a model. Importing this package or `hub` doesn't import torch.
+Reading order: `hub.py` (from a name to files), `layout.py` (which of them, and what is believed), `files.py`
+(the tensors), `keys.py` (older names), `load.py` (a model from all that), `vocabulary.py` (a tokenizer's
+files). Nothing here knows a model. Only `files.py` and `load.py` import torch.
 """
 
 from minidiff.checkpoints.errors import CheckpointError

@@ -1,5 +1,4 @@
-"""The tensors in a checkpoint's weight files: safetensors, whole or in shards, and pickles that hold nothing
-but tensors.
+"""The tensors in weight files: safetensors, whole or in shards, and pickles that hold nothing but tensors.
 
 Tensors are mapped: their bytes are read from the disk when they are first used, and never written back.
 """
@@ -52,8 +51,7 @@ def read_tensors(paths) -> dict[str, torch.Tensor]:
 
 
 def settled(tensor, dtype=None) -> torch.Tensor:
-    """The tensor as a floating dtype, if it is floating and a dtype is given, at an address that its type
-    allows.
+    """The tensor at an address that its type allows, and, if it is floating, converted to a given dtype.
 
     In files of 2022, whose headers were not padded, the tensors begin anywhere: those are copied, all others
     stay mapped.

@@ -1,4 +1,4 @@
-"""What older files call their tensors, and what those are called here: tables of (pattern, replacement).
+"""What older files call their tensors and what those are called here, and keys of configs that mean nothing.
 
 A name is translated only where the model has a tensor of the new name and none of the old one, key by key:
 one repository may hold both spellings (SD 1.5's VAE: old ones in float32, new ones in float16), and
@@ -23,6 +23,23 @@ DROPPED = (
 
 # The other half of a whole CLIP (openai/clip-vit-large-patch14), of which a text encoder takes only its own.
 WHOLE_CLIP = r"vision_model\..+|visual_projection\.weight|logit_scale"
+
+
+# Keys of transformers' configs that change nothing in a text encoder's forward pass: provenance, how the
+# weights were first drawn, and the options of text generation that old versions wrote into every config.
+WITHOUT_INFLUENCE = frozenset(
+    """
+    architectures transformers_version use_bfloat16 torchscript tf_legacy_loss
+    initializer_range initializer_factor dropout gradient_checkpointing pruned_heads tie_word_embeddings
+    tie_encoder_decoder chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
+    cross_attention_hidden_size tokenizer_class prefix finetuning_task task_specific_params problem_type
+    id2label label2id sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split()  # noqa: SIM905
+)
 
 
 def translate(names, wanted) -> dict[str, str]:

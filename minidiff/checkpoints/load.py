@@ -41,17 +41,18 @@ class PretrainedModel(Configured, nn.Module):
         variant: str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         use_safetensors: bool | None = None,
-        **source,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
     ):
-        """The model of a checkpoint, in eval mode on the CPU; its weights are read from the disk as they are
-        used.
+        """The model of a checkpoint, in eval mode on the CPU; its weights are read when they are first used.
 
         name_or_path: a built-in name, a folder or a repository id; subfolder: where in it, such as "unet".
         variant: the infix of the weight file, such as "fp16"; use_safetensors: False for the .bin file, True
-        for nothing else, None for what is there. torch_dtype: float32 if None, whatever the file holds;
-        "auto" keeps the file's. source: revision, cache_dir, local_files_only and token, see checkpoints.hub.
-        CheckpointError, before anything large is built, for whatever is wrong with the folder, the config or
-        the weights.
+        for nothing else, None for what is there. torch_dtype: float32 if None, whatever the file holds, as in
+        diffusers; "auto" keeps the file's. revision, cache_dir, local_files_only, token: see checkpoints.hub.
+        CheckpointError, before anything large is built, for all that is wrong with folder, config or weights.
         """
         if torch_dtype not in (None, "auto") and not isinstance(torch_dtype, torch.dtype):
             raise TypeError(f"torch_dtype is a torch.dtype, 'auto' or None, not {torch_dtype!r}")
@@ -60,6 +61,12 @@ class PretrainedModel(Configured, nn.Module):
             config = hub.one_of(names, where, cls.config_name)
             return [config, *layout.pick_weights(names, where, cls.weights_name, variant, use_safetensors)]
 
+        source = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         config_file, *weight_files = hub.resolve(name_or_path, choose, subfolder, **source)
         tensors = files.read_tensors(weight_files)
         model = cls._described_by(config_file, most_tensors=2 * len(tensors) + 1000)
@@ -107,9 +114,7 @@ class PretrainedModel(Configured, nn.Module):
 
 @contextlib.contextmanager
 def _at_most(most_tensors):
-    """Ends the construction of a model that a config of layers_per_block: 1000000000 would never end by
-    itself.
-    """
+    """Ends the construction of a model of too many tensors: one of 1000000000 layers never ends by itself."""
     builder, count = threading.get_ident(), 0
 
     def registered(module, name, parameter):

@@ -12,25 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 
 from minidiff import ops
-from minidiff.checkpoints import CheckpointError, layout, vocabulary
+from minidiff.checkpoints import CheckpointError, keys, layout, vocabulary
 from minidiff.checkpoints.load import PretrainedModel
 from minidiff.models.layers import Output
-
-# Keys of transformers' configs that change nothing in a text encoder's forward pass: provenance, how the
-# weights were first drawn, and the options of text generation that old versions wrote into every config.
-_WITHOUT_INFLUENCE = frozenset(
-    """
-    architectures transformers_version use_bfloat16 torchscript tf_legacy_loss
-    initializer_range initializer_factor dropout gradient_checkpointing pruned_heads tie_word_embeddings
-    tie_encoder_decoder chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
-    cross_attention_hidden_size tokenizer_class prefix finetuning_task task_specific_params problem_type
-    id2label label2id sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    """.split()  # noqa: SIM905
-)
 
 
 class _CLIPText(PretrainedModel):
@@ -79,14 +63,14 @@ class _CLIPText(PretrainedModel):
         """As for all models; of a whole CLIP's config the text half, and without the weights' type."""
         if not isinstance(config, dict):
             return super().from_config(config, **overrides)  # refused there
-        config = config.get("text_config", config)
-        return super().from_config(
-            {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}, **overrides
-        )
+        config = dict(config.get("text_config", config))
+        for key in ("torch_dtype", "dtype"):
+            config.pop(key, None)
+        return super().from_config(config, **overrides)
 
     @classmethod
     def _check_foreign(cls, foreign):
-        super()._check_foreign({k: v for k, v in foreign.items() if k not in _WITHOUT_INFLUENCE})
+        super()._check_foreign({k: v for k, v in foreign.items() if k not in keys.WITHOUT_INFLUENCE})
 
 
 class CLIPTextModel(_CLIPText):
@@ -260,14 +244,8 @@ def _linear(channels, out_channels):
     return linear
 
 
-class Encoded(dict):
+class Encoded(Output):
     """What the tokenizer returns: input_ids and attention_mask, as keys and as attributes."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"a tokenizer's output has no {name!r}; it has {', '.join(self)}") from None
 
     def to(self, device):
         """The same with its tensors on device."""
@@ -299,12 +277,8 @@ class CLIPTokenizer:
     ):
         self._vocab = dict(vocab) if isinstance(vocab, dict) else layout.read_json(vocab)
         self._merges = list(merges) if isinstance(merges, list | tuple) else vocabulary.read_merges(merges)
-        self._special = {
-            "bos_token": bos_token,
-            "eos_token": eos_token,
-            "unk_token": unk_token,
-            "pad_token": pad_token,
-        }
+        special = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token}
+        self._special = special | {"pad_token": pad_token}
         self._added = list(added_tokens)
         self.model_max_length = model_max_length
         vocabulary.check(self._vocab, self._merges)
@@ -334,21 +308,16 @@ class CLIPTokenizer:
         words = Regex(
             r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
         )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(words, behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),  # its UTF-8 bytes, as printable symbols
-            ]
-        )
+        split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)  # UTF-8, each byte as a printable symbol
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         tokenizer.decoder = decoders.ByteLevel()
         for token in self._special.values():  # one by one: of equal texts the last one counts
             tokenizer.add_special_tokens([_added_token(token, special=True)])
         tokenizer.add_tokens([_added_token(token) for token in self._added])
+        ends = ((self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id))
         tokenizer.post_processor = processors.RobertaProcessing(
-            (self.eos_token, self.eos_token_id),
-            (self.bos_token, self.bos_token_id),
-            trim_offsets=False,
-            add_prefix_space=False,
+            *ends, trim_offsets=False, add_prefix_space=False
         )
         return tokenizer
 
@@ -377,9 +346,7 @@ class CLIPTokenizer:
         if not texts:
             raise ValueError("CLIPTokenizer needs at least one text; the list is empty")
         if return_tensors not in (None, "pt", "np"):
-            raise ValueError(
-                f"return_tensors={return_tensors!r} is not implemented; it is None, 'pt' or 'np'"
-            )
+            raise ValueError(f"return_tensors={return_tensors!r} is not implemented; use None, 'pt' or 'np'")
         if truncation is None:
             truncation = max_length is not None and padding is False
         length = self.model_max_length if max_length is None else max_length
@@ -387,18 +354,14 @@ class CLIPTokenizer:
         self._set_padding(padding, length)
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         self._warn_of_lost_words(encodings, length)
-        rows = {
-            "input_ids": [e.ids for e in encodings],
-            "attention_mask": [e.attention_mask for e in encodings],
-        }
+        ids, masks = [e.ids for e in encodings], [e.attention_mask for e in encodings]
+        rows = {"input_ids": ids, "attention_mask": masks}
         if return_tensors is None:
             one = isinstance(text, str)
             return Encoded({name: values[0] if one else values for name, values in rows.items()})
-        lengths = sorted({len(ids) for ids in rows["input_ids"]})
+        lengths = sorted({len(row) for row in ids})
         if len(lengths) > 1:
-            raise ValueError(
-                f"texts of {', '.join(map(str, lengths))} tokens make no tensor; pass padding=True"
-            )
+            raise ValueError(f"texts of {lengths} tokens make no tensor; pass padding=True")
         tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}  # (B, T)
         if return_tensors == "np":
             tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -410,21 +373,17 @@ class CLIPTokenizer:
         if truncation not in (True, "longest_first"):
             raise ValueError(f"truncation={truncation!r} is not implemented; it is True or False")
         if length < least:
-            raise ValueError(
-                f"max_length={length} leaves no room for the start and the end token; it is at least {least}"
-            )
+            raise ValueError(f"max_length={length} leaves no room for start and end; it is at least {least}")
         return self._tokenizer.enable_truncation(length)
 
     def _set_padding(self, padding, length):
         if padding in (False, "do_not_pad"):
             return self._tokenizer.no_padding()
         if padding not in (True, "longest", "max_length"):
-            raise ValueError(
-                f"padding={padding!r} is not implemented; it is False, True, 'longest' or 'max_length'"
-            )
+            raise ValueError(f"padding={padding!r} is not implemented; use False, True or 'max_length'")
         fixed = length if padding == "max_length" else None
         return self._tokenizer.enable_padding(
-            pad_id=self.pad_token_id, pad_token=self.pad_token, length=fixed
+            length=fixed, pad_id=self.pad_token_id, pad_token=self.pad_token
         )
 
     def _warn_of_lost_words(self, encodings, length):
@@ -432,9 +391,7 @@ class CLIPTokenizer:
             lost = [i for piece in encoding.overflowing for i in piece.ids]
             words = self.decode(lost, skip_special_tokens=True)
             if words:
-                warnings.warn(
-                    f"a text has more than {length} tokens; this part of it is cut off: {words}", stacklevel=3
-                )
+                warnings.warn(f"a text has more than {length} tokens; what is cut off: {words}", stacklevel=3)
 
     def decode(self, ids, skip_special_tokens: bool = False) -> str:
         """The text of one id, or of a list, array or tensor of them (T,); in lower case, as the ids are."""
@@ -462,8 +419,16 @@ class CLIPTokenizer:
         return self._tokenizer.get_vocab_size()
 
     @classmethod
-    def from_pretrained(cls, name_or_path, subfolder=None, **source):
+    def from_pretrained(
+        cls, name_or_path, subfolder=None, revision=None, cache_dir=None, local_files_only=False, token=None
+    ):
         """The tokenizer of a checkpoint; the arguments and errors are those of checkpoints.hub.resolve."""
+        source = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         return cls(**vocabulary.read(name_or_path, subfolder, **source))
 
     def save_pretrained(self, save_directory):
