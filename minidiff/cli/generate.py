@@ -1,0 +1,50 @@
+"""`minidiff generate`: pictures of a text."""
+
+from minidiff.cli.drawing import add_drawing_arguments, draw, number, settle, whole_number
+
+DEFAULTS = {
+    "prompt": "",
+    "negative": "",
+    "checkpoint": "scenes",
+    "scheduler": "unipc",
+    "steps": 25,
+    "guidance": 7.5,
+    "seed": None,
+    "height": None,
+    "width": None,
+    "device": "",
+    "dtype": "float32",
+    "threads": None,
+}
+TEXT = (
+    "Draws pictures of a text and saves each as a PNG that carries its prompt, seed, settings and versions."
+)
+EXAMPLES = """examples:
+  minidiff generate "a large red sphere left of a small blue cube"
+  minidiff generate "a green cone on a gray floor" --seed 7 --count 4 --out pictures/
+  minidiff generate "a small white cube" --negative "a sphere" --guidance 5 --steps 50 --scheduler ddim
+  minidiff generate --like picture.png                 the same picture again, bit for bit
+  minidiff generate --like picture.png --steps 100     all the same but the steps"""
+
+
+def add_arguments(parser):
+    parser.description, parser.epilog = TEXT, EXAMPLES
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
+    guidance = f"how closely to follow the prompt, from 1 on ({DEFAULTS['guidance']})"
+    parser.add_argument("--guidance", type=number, metavar="X", help=guidance)
+    for side in ("height", "width"):
+        pixels = whole_number(8, 4096, multiple=8)
+        parser.add_argument(
+            f"--{side}", type=pixels, metavar="X", help="in pixels, a multiple of 8 (as in training)"
+        )
+    add_drawing_arguments(parser, DEFAULTS)
+
+
+def run(args):
+    if args.prompt is None and args.like is None:
+        raise ValueError("generate needs a PROMPT, or --like PICTURE (see minidiff generate --help)")
+    settings = settle(args, "generate", DEFAULTS)
+    options = {name: settings[name] for name in ("prompt", "height", "width")}
+    options |= {"negative_prompt": settings["negative"], "guidance_scale": settings["guidance"]}
+    draw(args, settings, settings["prompt"], options)

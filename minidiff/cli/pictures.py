@@ -1,0 +1,85 @@
+"""PNG files that remember how they were made, under names that overwrite nothing."""
+
+import os
+import re
+from pathlib import Path
+
+import minidiff
+
+
+def check_out(out: str | None):
+    """Raises ValueError, before any work is done, where no picture could be written to `out`."""
+    folder = Path(out or ".") if _is_folder(out) else Path(out).parent
+    if not folder.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {out}: nobody may write into the folder {folder}")
+    if not _is_folder(out) and Path(out).suffix.lower() != ".png":
+        raise ValueError(
+            f"--out {out}: pictures become PNG files, which carry their settings; end it in .png"
+        )
+
+
+def out_path(out: str | None, title: str, seed: int, number: int | None) -> Path:
+    """Where a picture goes: the file `out`, with -number if it is one of several, or a new file in a folder.
+
+    out: a file's name, a folder, or None for the working folder. The new file is named by the title and the
+    seed, and has a number if there is such a file already.
+    """
+    if not _is_folder(out):
+        return Path(out) if number is None else Path(out).with_stem(f"{Path(out).stem}-{number}")
+    words = re.sub(r"\W+", "-", title.lower()).strip("-").encode()[:80].decode(errors="ignore").strip("-")
+    path = Path(out or ".", f"{words or 'picture'}-seed{seed}.png")
+    stem, copy = path.stem, 1
+    while path.exists():
+        copy += 1
+        path = path.with_stem(f"{stem}-{copy}")
+    return path
+
+
+def write_picture(image, path: Path, settings: dict[str, object]):
+    """Saves a PIL image with its settings and the versions as text chunks; the file is complete or absent."""
+    from PIL.PngImagePlugin import PngInfo  # here and below: PIL only where there is a picture
+
+    chunks = PngInfo()
+    for name, value in (settings | versions()).items():
+        chunks.add_itxt(name, str(value))  # iTXt, because a prompt may be in any script
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: str, command: str) -> dict[str, str]:
+    """The text chunks of a picture that this command of minidiff wrote; ValueError for any other file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            texts = dict(getattr(image, "text", {}))
+    except (
+        OSError,
+        SyntaxError,
+    ) as error:  # PIL's errors for a broken picture are these two, without a number
+        if getattr(error, "errno", None):
+            raise
+        raise ValueError(f"--like {path}: this is no picture, or a broken one") from None
+    if "minidiff" not in texts or "command" not in texts:
+        raise ValueError(f"--like {path}: this picture carries no settings of minidiff")
+    if texts["command"] != command:
+        raise ValueError(f"--like {path}: this picture was made by minidiff {texts['command']}; use that")
+    return texts
+
+
+def versions() -> dict[str, str]:
+    """What a picture's last bits depend on beside its settings."""
+    import numpy
+    import torch
+
+    return {"minidiff": minidiff.__version__, "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def _is_folder(out):
+    return out is None or out.endswith(("/", os.sep)) or Path(out).is_dir()
