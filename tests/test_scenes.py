@@ -22,7 +22,9 @@ from minidiff.train.data import training_scene
 from minidiff.train.facts import facts_of, scene_of
 from minidiff.train.scorer import compare, tally
 
-RED_LEFT = Scene((Solid("sphere", "red", "large", -1.1), Solid("cube", "blue", "small", 1.1)), "gray", "left of")
+RED_LEFT = Scene(
+    (Solid("sphere", "red", "large", -1.1), Solid("cube", "blue", "small", 1.1)), "gray", "left of"
+)
 
 
 def test_a_plain_caption_says_everything():

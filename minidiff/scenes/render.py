@@ -49,7 +49,9 @@ def _lights():
 
 def _shade(scene, origin, rays, towards):
     """(N, 3) linear light along each ray."""
-    nearest = np.where(rays[:, 1] < 0, -origin[1] / np.minimum(rays[:, 1], -1e-6), FAR).astype(np.float32)  # floor
+    nearest = np.where(rays[:, 1] < 0, -origin[1] / np.minimum(rays[:, 1], -1e-6), FAR).astype(
+        np.float32
+    )  # floor
     normals = np.zeros_like(rays)
     normals[:, 1] = 1.0
     hit = np.full(len(rays), -1)

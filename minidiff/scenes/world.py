@@ -63,7 +63,9 @@ class Scene:
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene with every choice drawn from rng, told canonically."""
     count = 1 if rng.random() < SINGLE_SHARE else 2
-    kinds = [tuple(str(rng.choice(list(options))) for options in (SHAPES, COLOURS, SIZES)) for _ in range(count)]
+    kinds = [
+        tuple(str(rng.choice(list(options))) for options in (SHAPES, COLOURS, SIZES)) for _ in range(count)
+    ]
     relation = str(rng.choice(("left of", "in front of"))) if count == 2 else None
     return _placed(kinds, relation, str(rng.choice(list(FLOORS))), rng)
 

@@ -27,7 +27,9 @@ def new_autoencoder() -> AutoencoderKL:
     """The untrained model, started so that signals keep their size: 6 dB better after 500 steps than torch's start."""
     vae = AutoencoderKL(**CONFIG)
     start_small(vae)
-    nn.init.constant_(vae.quant_conv.bias[CONFIG["latent_channels"] :], -5.0)  # log variance: nearly exact at first
+    nn.init.constant_(
+        vae.quant_conv.bias[CONFIG["latent_channels"] :], -5.0
+    )  # log variance: nearly exact at first
     return vae
 
 

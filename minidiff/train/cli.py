@@ -24,12 +24,24 @@ example:
 def add_train_arguments(parser: argparse.ArgumentParser):
     """The arguments of `minidiff train`."""
     parser.description = TRAIN_TEXT
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGE_NAMES)}; all if none is named")
-    parser.add_argument("--folder", default="runs/scenes", help="where pictures, states and results go (%(default)s)")
-    parser.add_argument("--minutes", type=_positive(float), help="the length of each named stage, instead of its own")
-    parser.add_argument("--pictures", type=_positive(int), default=24_000, help="training pictures (%(default)s)")
-    parser.add_argument("--workers", type=_positive(int), default=os.cpu_count(), help="processes that render")
-    parser.add_argument("--threads", type=_positive(int), help="threads that train; torch's choice if left out")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGE_NAMES)}; all if none is named"
+    )
+    parser.add_argument(
+        "--folder", default="runs/scenes", help="where pictures, states and results go (%(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=_positive(float), help="the length of each named stage, instead of its own"
+    )
+    parser.add_argument(
+        "--pictures", type=_positive(int), default=24_000, help="training pictures (%(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=_positive(int), default=os.cpu_count(), help="processes that render"
+    )
+    parser.add_argument(
+        "--threads", type=_positive(int), help="threads that train; torch's choice if left out"
+    )
 
 
 def run_train(args):
@@ -54,7 +66,9 @@ def run_train(args):
 def add_score_arguments(parser: argparse.ArgumentParser):
     """The arguments of `minidiff score`."""
     parser.description = SCORE_TEXT
-    parser.add_argument("--checkpoint", default="scenes", help="a built-in name, a folder or a repository (%(default)s)")
+    parser.add_argument(
+        "--checkpoint", default="scenes", help="a built-in name, a folder or a repository (%(default)s)"
+    )
     parser.add_argument("--scorer", default="scenes-scorer", help="the classifier (%(default)s)")
     parser.add_argument("--prompts", type=_positive(int), default=200, help="how many (%(default)s)")
     parser.add_argument("--steps", type=_positive(int), default=25, help="(%(default)s)")
@@ -71,7 +85,9 @@ def run_score(args):
     own = score_scorer(args.scorer, args.prompts, args.seed)
     _print_row("rendered pictures (the scorer's own accuracy)", own)
     shares = score_checkpoint(args)
-    _print_row(f"{args.checkpoint}, {args.prompts} prompts, {args.steps} steps, guidance {args.guidance:g}", shares)
+    _print_row(
+        f"{args.checkpoint}, {args.prompts} prompts, {args.steps} steps, guidance {args.guidance:g}", shares
+    )
     if args.out:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float)}
         write_json(Path(args.out) / "scores.json", {"settings": settings, "rendered": own, "drawn": shares})

@@ -46,7 +46,9 @@ def _chunk_file(folder, seed, chunk):
 
 
 def _render_chunk(folder, seed, chunk):
-    pictures = [render(training_scene(n, seed), PICTURE_SIZE) for n in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+    pictures = [
+        render(training_scene(n, seed), PICTURE_SIZE) for n in range(chunk * CHUNK, (chunk + 1) * CHUNK)
+    ]
     temporary = folder / f".pictures-{seed}-{chunk:04d}.{os.getpid()}.tmp.npy"
     try:
         np.save(temporary, np.stack(pictures))

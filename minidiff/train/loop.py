@@ -63,11 +63,17 @@ class Trainer:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.module = module.to(self.device).train()
         self.dtype = recipe.dtype or fast_dtype(self.device)
-        self.working = self.module if self.dtype == torch.float32 else copy.deepcopy(self.module).to(self.dtype)
+        self.working = (
+            self.module if self.dtype == torch.float32 else copy.deepcopy(self.module).to(self.dtype)
+        )
         self.average = copy.deepcopy(self.module).requires_grad_(False).eval()
         self.weights = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.weights, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+            self.weights,
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         self.step, self.seconds, self.loss = 0, 0.0, None
         if self.file.exists():
@@ -87,7 +93,13 @@ class Trainer:
         look(average, step), if given, is called every `every` seconds, to write sample pictures. Ctrl-C saves the state
         and propagates.
         """
-        bar = tqdm(total=100.0, desc=self.name, unit="%", mininterval=5.0, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
+        bar = tqdm(
+            total=100.0,
+            desc=self.name,
+            unit="%",
+            mininterval=5.0,
+            bar_format="{l_bar}{bar}| {elapsed}{postfix}",
+        )
         bar.update(100 * self.share)
         saved = looked = time.monotonic()
         try:
@@ -123,7 +135,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(self.recipe.average, self.step / (self.step + 10))  # short at first: forget the random start
+        decay = min(
+            self.recipe.average, self.step / (self.step + 10)
+        )  # short at first: forget the random start
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
             if self.working is not self.module:

@@ -46,7 +46,9 @@ def pixel_loss(pictures):
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * len(signal)).long()
         noise = torch.randn(x0.shape, generator=generator)
         a = signal[t][:, None, None, None]
-        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(unet.device, unet.dtype, memory_format=torch.channels_last)
+        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(
+            unet.device, unet.dtype, memory_format=torch.channels_last
+        )
         return F.mse_loss(unet(noisy, t.to(unet.device)).sample.float().cpu(), noise)
 
     return loss_of

@@ -31,7 +31,9 @@ def score_checkpoint(args) -> dict[str, float]:
     pipe = StableDiffusionPipeline.from_pretrained(args.checkpoint)
     scheduler = getattr(minidiff.schedulers, args.scheduler, None)
     if scheduler is None:
-        raise ValueError(f"unknown scheduler {args.scheduler!r}; there are {', '.join(minidiff.schedulers.__all__)}")
+        raise ValueError(
+            f"unknown scheduler {args.scheduler!r}; there are {', '.join(minidiff.schedulers.__all__)}"
+        )
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(args.prompts, args.seed)
@@ -58,6 +60,8 @@ def _write_pictures(folder, pictures):
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{number:04d}.png")
     blank = np.zeros((-len(pictures) % SHEET_COLUMNS, *pictures.shape[1:]), np.uint8)
-    rows = np.concatenate([pictures, blank]).reshape(-1, SHEET_COLUMNS, *pictures.shape[1:])  # (rows, 10, S, S, 3)
+    rows = np.concatenate([pictures, blank]).reshape(
+        -1, SHEET_COLUMNS, *pictures.shape[1:]
+    )  # (rows, 10, S, S, 3)
     sheet = rows.transpose(0, 2, 1, 3, 4).reshape(len(rows) * pictures.shape[1], -1, 3)
     Image.fromarray(sheet).save(folder / "sheet.png")

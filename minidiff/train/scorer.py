@@ -23,7 +23,9 @@ class Scorer(PretrainedModel):
     def __init__(self, *, channels=(32, 48, 64, 96, 128)):
         super().__init__()
         sizes = (3, *channels)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, channels, strict=False))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, channels, strict=False)
+        )
         self.refine = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels)
         self.norms = nn.ModuleList(nn.GroupNorm(8, c) for c in channels)
         self.look = nn.Linear(channels[-1] * 4 * 4, 256)  # 128 pixels, halved five times
@@ -82,7 +84,11 @@ def compare(asked: Scene, seen: Scene) -> dict[str, tuple[int, int]]:
     result = {"count": (int(len(seen.solids) == len(asked.solids)), 1)}
     for i, what in enumerate(("shape", "colour", "size")):
         result[what] = (sum(match[i] for match in best), len(asked.solids))
-    stands = len(seen.solids) == 2 and seen.relation == asked.relation and sum(map(sum, straight)) >= sum(map(sum, crossed))
+    stands = (
+        len(seen.solids) == 2
+        and seen.relation == asked.relation
+        and sum(map(sum, straight)) >= sum(map(sum, crossed))
+    )
     result["relation"] = (int(stands), 1) if asked.relation else (0, 0)
     result["floor"] = (int(seen.floor == asked.floor), 1)
     result["everything"] = (int(all(right == of for right, of in result.values())), 1)

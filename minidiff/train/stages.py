@@ -36,7 +36,9 @@ class Job:
 
     def recipe(self, stage, learning_rate, **options) -> Recipe:
         """The stage's Recipe with this job's minutes."""
-        return Recipe(minutes=(self.minutes or {}).get(stage, MINUTES[stage]), learning_rate=learning_rate, **options)
+        return Recipe(
+            minutes=(self.minutes or {}).get(stage, MINUTES[stage]), learning_rate=learning_rate, **options
+        )
 
     @property
     def scenes(self) -> Path:
@@ -56,7 +58,10 @@ def make_pictures(job: Job) -> np.ndarray:
     """Renders what is missing; -> (N, 128, 128, 3) uint8."""
     with tqdm(total=math.ceil(job.pictures / CHUNK), desc="pictures", unit="chunk", mininterval=5) as bar:
         return rendered_pictures(
-            job.folder / "pictures", job.pictures, workers=job.workers, progress=lambda done: bar.update(done - bar.n)
+            job.folder / "pictures",
+            job.pictures,
+            workers=job.workers,
+            progress=lambda done: bar.update(done - bar.n),
         )
 
 
@@ -65,7 +70,9 @@ def train_vae(job: Job):
     pictures = make_pictures(job)
     fresh = autoencoder.new_autoencoder().to(memory_format=torch.channels_last)
     trainer = Trainer("vae", fresh, job.folder / "vae", job.recipe("vae", 2e-3, average=0.995, warm_up=0.03))
-    vae = trainer.run(autoencoder.reconstruction_loss(pictures), LOOK_EVERY, look=_reconstructions(job, pictures))
+    vae = trainer.run(
+        autoencoder.reconstruction_loss(pictures), LOOK_EVERY, look=_reconstructions(job, pictures)
+    )
     print(f"vae: {trainer.step} steps, PSNR {autoencoder.psnr(vae.float(), pictures[:64]):.1f} dB")
     means, _ = text_to_image.encode_pictures(vae, pictures[:2000])
     scaled = AutoencoderKL.from_config(vae.config, scaling_factor=text_to_image.latent_scale(means))
@@ -77,7 +84,9 @@ def train_text(job: Job):
     """Tokenizer and CLIPTextModel -> scenes/tokenizer, scenes/text_encoder."""
     vocabulary = text.write_tokenizer(job.scenes / "tokenizer")
     model = nn.ModuleDict({"encoder": text.new_text_encoder(vocabulary), "heads": text.FactHeads(text.WIDTH)})
-    trainer = Trainer("text", model, job.folder / "text", job.recipe("text", 1e-3, average=0.99, dtype=torch.float32))
+    trainer = Trainer(
+        "text", model, job.folder / "text", job.recipe("text", 1e-3, average=0.99, dtype=torch.float32)
+    )
     encoder = trainer.run(text.naming_loss(vocabulary)).encoder
     encoder.half().save_pretrained(job.scenes / "text_encoder")
 
@@ -91,7 +100,9 @@ def train_unet(job: Job):
     latents = _stored_latents(job, vae, pictures)
     fresh = text_to_image.new_unet().to(memory_format=torch.channels_last)
     trainer = Trainer("unet", fresh, job.folder / "unet", job.recipe("unet", 1e-3, average=0.998))
-    loss_of = text_to_image.noise_loss(latents, encoder.to(trainer.device, trainer.dtype), vocabulary, vae.config.scaling_factor)
+    loss_of = text_to_image.noise_loss(
+        latents, encoder.to(trainer.device, trainer.dtype), vocabulary, vae.config.scaling_factor
+    )
 
     def look(unet, step):
         _write_scenes(job, unet)
@@ -111,7 +122,9 @@ def train_ddpm(job: Job):
     target = job.folder / "scenes-ddpm"
     _half(unet).save_pretrained(target / "unet")
     DDPMScheduler(**pixels.SCHEDULER).save_pretrained(target / "scheduler")
-    _write_index(target, "DDPMPipeline", unet=("diffusers", "UNet2DModel"), scheduler=("diffusers", "DDPMScheduler"))
+    _write_index(
+        target, "DDPMPipeline", unet=("diffusers", "UNet2DModel"), scheduler=("diffusers", "DDPMScheduler")
+    )
 
 
 def train_scorer(job: Job):

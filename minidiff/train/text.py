@@ -33,16 +33,25 @@ def write_tokenizer(folder) -> dict[str, int]:
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     learner.train_from_iterator(
         vocabulary_corpus(),
-        trainers.BpeTrainer(vocab_size=2000, initial_alphabet=symbols, end_of_word_suffix="</w>", show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=2000, initial_alphabet=symbols, end_of_word_suffix="</w>", show_progress=False
+        ),
     )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     folder = Path(folder)
     write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+    )
     special = {"content": END, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    names = {"bos_token": special | {"content": START}, "eos_token": special, "unk_token": special, "pad_token": END}
+    names = {
+        "bos_token": special | {"content": START},
+        "eos_token": special,
+        "unk_token": special,
+        "pad_token": END,
+    }
     write_json(folder / "special_tokens_map.json", names)
     typed = {k: v | {"__type": "AddedToken"} if isinstance(v, dict) else v for k, v in names.items()}
     settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": LENGTH,
@@ -84,7 +93,10 @@ class FactHeads(nn.ModuleDict):
 
     def loss(self, vectors, facts) -> torch.Tensor:
         """Mean cross-entropy; facts (B, len(FACTS)) class numbers."""
-        scores = (nn.functional.cross_entropy(head(vectors).float(), facts[:, i]) for i, head in enumerate(self.values()))
+        scores = (
+            nn.functional.cross_entropy(head(vectors).float(), facts[:, i])
+            for i, head in enumerate(self.values())
+        )
         return sum(scores) / len(self)
 
     def best(self, vectors) -> torch.Tensor:
@@ -100,7 +112,9 @@ def naming_loss(vocabulary):
         ids = caption_ids(texts, vocabulary).to(model.encoder.device)
         hidden = model.encoder(ids).last_hidden_state  # (B, 77, C)
         ends = torch.tensor([len(t.split()) + 1 for t in texts])
-        behind = ends + (torch.rand(BATCH, generator=generator) * (LENGTH - ends)).long()  # some padding token
+        behind = (
+            ends + (torch.rand(BATCH, generator=generator) * (LENGTH - ends)).long()
+        )  # some padding token
         rows = torch.arange(BATCH)
         facts = facts.to(hidden.device)
         return model.heads.loss(hidden[rows, ends], facts) + model.heads.loss(hidden[rows, behind], facts)

@@ -68,19 +68,27 @@ def noise_loss(latents, text_encoder, vocabulary, scaling_factor):
     """The loss of one step as Trainer wants it. latents: (means, stds) of training pictures 0 to N - 1."""
     means, stds = latents
     signal = torch.from_numpy(PNDMScheduler(**SCHEDULER).alphas_cumprod)  # (1000,)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too: no detour by float32
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(
+        True
+    )  # despite its name for CPUs too: no detour by float32
 
     def loss_of(unet, generator, step):
         numbers = torch.randint(len(means), (BATCH,), generator=generator)
-        x0 = means[numbers].float() + stds[numbers].float() * torch.randn(BATCH, *means.shape[1:], generator=generator)
+        x0 = means[numbers].float() + stds[numbers].float() * torch.randn(
+            BATCH, *means.shape[1:], generator=generator
+        )
         x0 *= scaling_factor
         text = _embeddings(numbers.tolist(), step, text_encoder, vocabulary)
-        t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * len(signal)).long()  # stratified
+        t = (
+            (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * len(signal)
+        ).long()  # stratified
         noise = torch.randn(x0.shape, generator=generator)
         a = signal[t][:, None, None, None]
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
         noisy = noisy.to(unet.device, unet.dtype, memory_format=torch.channels_last)
-        with sdpa_kernel(SDPBackend.MATH if unet.device.type == "cpu" else list(_FUSED)):  # faster backward on CPUs
+        with sdpa_kernel(
+            SDPBackend.MATH if unet.device.type == "cpu" else list(_FUSED)
+        ):  # faster backward on CPUs
             predicted = unet(noisy, t.to(unet.device), text.to(unet.device, unet.dtype)).sample.float()
             error = (predicted.cpu() - noise).square().mean(dim=(1, 2, 3))  # (B,)
             snr = signal[t] / (1 - signal[t])
