@@ -1,4 +1,6 @@
-"""The little world: pictures are functions of their scenes, captions say what is there, held-out scenes stay out."""
+"""The little world: pictures are functions of their scenes, captions say what is there, held-out scenes stay
+out.
+"""
 
 import numpy as np
 import pytest
@@ -113,9 +115,14 @@ def test_the_score_tells_exchanged_solids_from_right_ones():
     assert compare(RED_LEFT, exchanged)["colour"] == (2, 2)
     one = Scene((Solid("sphere", "red", "small"),), "pink")
     assert compare(RED_LEFT, one) == {
-        "count": (0, 1), "shape": (1, 2), "colour": (1, 2), "size": (0, 2), "relation": (0, 1), "floor": (0, 1),
+        "count": (0, 1),
+        "shape": (1, 2),
+        "colour": (1, 2),
+        "size": (0, 2),
+        "relation": (0, 1),
+        "floor": (0, 1),
         "everything": (0, 1),
-    }  # fmt: skip
+    }
     assert tally([(RED_LEFT, RED_LEFT), (RED_LEFT, one)])["shape"] == 0.75
 
 

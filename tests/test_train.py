@@ -1,4 +1,6 @@
-"""Training: a stopped run goes on as if it had not stopped, stages write folders that load, arguments are checked."""
+"""Training: a stopped run goes on as if it had not stopped, stages write folders that load, arguments are
+checked.
+"""
 
 import numpy as np
 import pytest
@@ -117,28 +119,14 @@ def test_negative_minutes_are_refused(capsys):
 
 @pytest.mark.slow
 def test_all_stages_run_and_the_result_draws(tmp_path):
-    stages = ["text", "scorer", "vae", "unet", "ddpm"]
-    for stage in stages:
-        assert main(["train", stage, "--folder", str(tmp_path), "--minutes", "0.03", "--pictures", "500",
-                     "--workers", "2"]) == 0  # fmt: skip
-    folder = str(tmp_path / "scenes")
-    assert (
-        main(
-            [
-                "generate",
-                "a red cube",
-                "--checkpoint",
-                folder,
-                "--steps",
-                "2",
-                "--out",
-                str(tmp_path / "a.png"),
-            ]
-        )
-        == 0
-    )
-    assert main(["sample", "--checkpoint", str(tmp_path / "scenes-ddpm"), "--steps", "2",
-                 "--out", str(tmp_path / "b.png")]) == 0  # fmt: skip
-    assert main(["score", "--checkpoint", folder, "--scorer", str(tmp_path / "scenes-scorer"), "--prompts", "3",
-                 "--steps", "2", "--out", str(tmp_path / "scores")]) == 0  # fmt: skip
+    def run(*words):
+        assert main([str(word) for word in words]) == 0
+
+    for stage in ("text", "scorer", "vae", "unet", "ddpm"):
+        run("train", stage, "--folder", tmp_path, "--minutes", 0.03, "--pictures", 500, "--workers", 2)
+    scenes, pixel_ddpm, judge = (tmp_path / name for name in ("scenes", "scenes-ddpm", "scenes-scorer"))
+    run("generate", "a red cube", "--checkpoint", scenes, "--steps", 2, "--out", tmp_path / "a.png")
+    run("sample", "--checkpoint", pixel_ddpm, "--steps", 2, "--out", tmp_path / "b.png")
+    few = ("--prompts", 3, "--steps", 2)
+    run("score", "--checkpoint", scenes, "--scorer", judge, *few, "--out", tmp_path / "scores")
     assert (tmp_path / "scores" / "scores.json").exists()

@@ -6,8 +6,12 @@ import numpy as np
 
 from minidiff.scenes.world import INVERSE, Scene, Solid, random_scene
 
-SYNONYMS = {"sphere": ("sphere", "sphere", "ball"), "cube": ("cube", "cube", "box"), "large": ("large", "large", "big"),
-            "small": ("small", "small", "little")}  # fmt: skip
+SYNONYMS = {  # a word that stands twice is drawn twice as often
+    "sphere": ("sphere", "sphere", "ball"),
+    "cube": ("cube", "cube", "box"),
+    "large": ("large", "large", "big"),
+    "small": ("small", "small", "little"),
+}
 PHRASES = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -19,7 +23,9 @@ OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "a render of ")
 
 @dataclass(frozen=True)
 class Telling:
-    """What a caption says of a scene: the solids in its order, their relation ("and": none is named) and the floor."""
+    """What a caption says of a scene: the solids in its order, their relation ("and": none is named) and the
+    floor.
+    """
 
     solids: tuple[Solid, ...]
     relation: str | None

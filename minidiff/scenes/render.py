@@ -78,7 +78,7 @@ def _shade(scene, origin, rays, towards):
 
 
 def _openness(scene, points, normals, hit):
-    """How much of the sky a point sees, roughly: floors are darker beside a solid, solids towards their foot."""
+    """How much of the sky a point sees, roughly: less beside a solid and on faces that look down."""
     open_sky = 0.5 + 0.5 * normals[:, 1]
     on_floor = hit < 0
     for solid in scene.solids:

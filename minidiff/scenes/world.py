@@ -1,7 +1,7 @@
 """What can be in a picture: one or two solids of a colour and a size, in a relation, on a coloured floor.
 
-x points to the right, y up, z towards the camera; lengths are in units of about a solid's radius. A tenth of all
-combinations is held out of training, so that prompts can be scored on things never seen together.
+x points to the right, y up, z towards the camera; lengths are in units of about a solid's radius. A tenth of
+all combinations is held out of training, so that prompts can be scored on things never seen together.
 """
 
 import zlib
@@ -47,7 +47,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two solids on a floor; with two, relation says where the first stands as seen from the second."""
+    """One or two solids on a floor; relation says where the first stands as seen from the second."""
 
     solids: tuple[Solid, ...]
     floor: str
@@ -71,7 +71,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether training leaves this combination of solids and relation out, wherever they stand, on any floor."""
+    """Whether training leaves out this combination of solids and relation, on whatever floor."""
     scene = scene.canonical()
     name = f"{scene.relation}|" + "|".join(",".join(solid.kind) for solid in scene.solids)
     return zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0

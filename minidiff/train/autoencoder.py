@@ -24,7 +24,9 @@ KL_WEIGHT = 1e-4
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """The untrained model, started so that signals keep their size: 6 dB better after 500 steps than torch's start."""
+    """The untrained model, started so that signals keep their size: 6 dB better after 500 steps than torch's
+    start.
+    """
     vae = AutoencoderKL(**CONFIG)
     start_small(vae)
     nn.init.constant_(
@@ -34,7 +36,9 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def start_small(model):
-    """Fan-in initialisation with zero biases; each residual branch's last convolution starts ten times smaller."""
+    """Fan-in initialisation with zero biases; each residual branch's last convolution starts ten times
+    smaller.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
@@ -61,7 +65,9 @@ def reconstruction_loss(pictures):
 
 
 def picture_batch(pictures, generator, device, dtype, whole=True, count=None):
-    """(B, 3, S, S) pictures in [-1, 1]: whole ones, or crops that mostly lie around the middle, where the solids are."""
+    """(B, 3, S, S) pictures in [-1, 1]: whole ones, or crops that mostly lie around the middle, where the
+    solids are.
+    """
     count = count or (WHOLE if whole else CROPS)
     rows = torch.randint(len(pictures), (count,), generator=generator).numpy()
     x = torch.from_numpy(pictures[rows])  # (B, 128, 128, 3)
@@ -74,7 +80,7 @@ def picture_batch(pictures, generator, device, dtype, whole=True, count=None):
 
 
 def psnr(vae, pictures) -> float:
-    """Peak signal-to-noise ratio in dB of pictures (N, 128, 128, 3) uint8 through the mean latent and back."""
+    """Peak signal-to-noise ratio in dB of pictures (N, S, S, 3) uint8 through the mean latent and back."""
     with torch.no_grad():
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)

@@ -7,18 +7,21 @@ from pathlib import Path
 from minidiff.config import write_json
 
 STAGE_NAMES = ("pictures", "vae", "text", "unet", "ddpm", "scorer")  # in order; stages.py has their work
-TRAIN_TEXT = """Trains scenes, scenes-ddpm and the scorer from nothing, on pictures that minidiff renders itself. Each
-stage saves its state every minute and goes on from it when it is started again; Ctrl-C loses nothing.
+TRAIN_TEXT = """Trains scenes, scenes-ddpm and the scorer from nothing, on pictures that minidiff renders
+itself. Each stage saves its state every minute and goes on from it when it is started again; Ctrl-C loses
+nothing.
 
 examples:
   minidiff train                          all stages, less than four hours on two cores
   minidiff train unet --minutes 300       one stage, longer
-  minidiff generate "a red cube" --checkpoint runs/scenes/scenes"""
-SCORE_TEXT = """Draws pictures of prompts whose combinations were held out of training, and lets a classifier say what it
-sees in them.
+  minidiff generate "a red cube" --checkpoint runs/scenes/scenes
+"""
+SCORE_TEXT = """Draws pictures of prompts whose combinations were held out of training, and lets a classifier
+say what it sees in them.
 
 example:
-  minidiff score --prompts 200 --steps 25 --guidance 5"""
+  minidiff score --prompts 200 --steps 25 --guidance 5
+"""
 
 
 def add_train_arguments(parser: argparse.ArgumentParser):
@@ -79,7 +82,9 @@ def add_score_arguments(parser: argparse.ArgumentParser):
 
 
 def run_score(args):
-    """Prints the shares of attributes that pictures got right, and the scorer's own accuracy on rendered pictures."""
+    """Prints the shares of attributes that pictures got right, and the scorer's own accuracy on rendered
+    pictures.
+    """
     from minidiff.train.score import score_checkpoint, score_scorer
 
     own = score_scorer(args.scorer, args.prompts, args.seed)

@@ -1,7 +1,8 @@
-"""Pictures and captions to train on: rendered once into chunk files, each picture a function of its number alone.
+"""Pictures and captions to train on: rendered once into chunk files, each picture a function of its number
+alone.
 
-A chunk is complete or absent, so rendering resumes where it stopped, and a picture's scene needs no file: it is drawn
-again from its number.
+A chunk is complete or absent, so rendering resumes where it stopped, and a picture's scene needs no file: it
+is drawn again from its number.
 """
 
 import os

@@ -1,11 +1,12 @@
 """One training loop for every stage: AdamW, warm-up and cosine, clipping, a running average of the weights.
 
-The length of a stage is a number of minutes or of steps; the learning rate follows the share of it that is over. Every
-minute the whole state goes to a file, through a temporary one, and a run that finds that file goes on from it. Data
-are drawn from a generator seeded by the step, so that a resumed run sees what an uninterrupted one would.
+The length of a stage is a number of minutes or of steps; the learning rate follows the share of it that is
+over. Every minute the whole state goes to a file, through a temporary one, and a run that finds that file
+goes on from it. Data are drawn from a generator seeded by the step, so that a resumed run sees what an
+uninterrupted one would.
 
-On a CPU with bfloat16 instructions, and on a GPU, a bfloat16 copy of each module computes, while AdamW updates the
-float32 original: several times faster, at no loss that we could measure.
+On a CPU with bfloat16 instructions, and on a GPU, a bfloat16 copy of each module computes, while AdamW
+updates the float32 original: several times faster, at no loss that we could measure.
 """
 
 import copy
@@ -51,7 +52,8 @@ def fast_dtype(device) -> torch.dtype:
 
 
 class Trainer:
-    """The state of one stage: the module, its working copy, the average of its weights, the optimizer, the clock.
+    """The state of one stage: the module, its working copy, the average of its weights, the optimizer, the
+    clock.
 
     name labels the progress bar; folder gets state.pt. module may hold several models in an nn.ModuleDict.
     """
@@ -89,9 +91,9 @@ class Trainer:
     def run(self, loss_of, every=None, look=None) -> torch.nn.Module:
         """Trains to the end and returns the averaged module.
 
-        loss_of(working, generator, step) -> scalar loss; generator is a torch.Generator on the CPU, seeded by the step.
-        look(average, step), if given, is called every `every` seconds, to write sample pictures. Ctrl-C saves the state
-        and propagates.
+        loss_of(working, generator, step) -> scalar loss; generator is a torch.Generator on the CPU, seeded by
+        the step. look(average, step), if given, is called every `every` seconds, to write sample pictures.
+        Ctrl-C saves the state and propagates.
         """
         bar = tqdm(
             total=100.0,

@@ -1,4 +1,6 @@
-"""Trains the unconditional DDPM on pictures shrunk to 32 x 32: epsilon prediction, all timesteps alike (Ho et al. 2020)."""
+"""Trains the unconditional DDPM on pictures shrunk to 32 x 32: epsilon prediction, all timesteps alike (Ho et
+al. 2020).
+"""
 
 import torch
 import torch.nn.functional as F

@@ -41,8 +41,13 @@ def score_checkpoint(args) -> dict[str, float]:
     for start in tqdm(range(0, len(scenes), BATCH), desc="pictures", unit_scale=BATCH):
         prompts = [caption(scene) for scene in scenes[start : start + BATCH]]
         generators = [torch.Generator().manual_seed(args.seed + start + k) for k in range(len(prompts))]
-        out = pipe(prompts, num_inference_steps=args.steps, guidance_scale=args.guidance, generator=generators,
-                   output_type="np")  # fmt: skip
+        out = pipe(
+            prompts,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=generators,
+            output_type="np",
+        )
         pictures.append(np.rint(out.images * 255).astype(np.uint8))
     pictures = np.concatenate(pictures)
     seen = _scorer(args.scorer).scenes(pictures)

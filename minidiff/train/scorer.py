@@ -1,6 +1,8 @@
-"""A small classifier that looks at a picture and names what is in it, to measure how well pictures follow prompts.
+"""A small classifier that looks at a picture and names what is in it, to measure how well pictures follow
+prompts.
 
-Trained on rendered pictures, blurred, shifted in colour and with noise, so that it judges what is drawn, not how finely.
+Trained on rendered pictures, blurred, shifted in colour and with noise, so that it judges what is drawn, not
+how finely.
 """
 
 import numpy as np
@@ -50,7 +52,9 @@ class Scorer(PretrainedModel):
 
 
 def scoring_loss(pictures):
-    """The loss of one step as Trainer wants it. pictures: training pictures 0 to N - 1, (N, 128, 128, 3) uint8."""
+    """The loss of one step as Trainer wants it. pictures: training pictures 0 to N - 1, (N, 128, 128, 3)
+    uint8.
+    """
     facts = torch.from_numpy(np.stack([facts_of(training_scene(n)) for n in range(len(pictures))]))
 
     def loss_of(scorer, generator, step):
@@ -63,7 +67,9 @@ def scoring_loss(pictures):
 
 
 def blemished(x, generator):
-    """Pictures (B, 3, H, W) blurred and moved by a few pixels, with a colour cast and noise, each picture differently."""
+    """Pictures (B, 3, H, W) blurred and moved by a few pixels, with a colour cast and noise, each picture
+    differently.
+    """
     strength = torch.rand(3, len(x), 1, 1, 1, generator=generator)
     x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), strength[0])
     x = x + 0.08 * (torch.rand(len(x), 3, 1, 1, generator=generator) - 0.5) * strength[1]
@@ -75,8 +81,8 @@ def blemished(x, generator):
 def compare(asked: Scene, seen: Scene) -> dict[str, tuple[int, int]]:
     """{what: (right, asked for)} for count, colour, shape, size, relation and floor.
 
-    Solids are matched so that most is right; the relation is right if both solids are there, stand as asked, and are not
-    exchanged.
+    Solids are matched so that most is right; the relation is right if both solids are there, stand as asked,
+    and are not exchanged.
     """
     asked, seen = asked.canonical(), seen.canonical()
     straight, crossed = (_matches(asked.solids, order) for order in (seen.solids, seen.solids[::-1]))

@@ -5,12 +5,15 @@ pictures -> vae -> text -> unet (the text-to-image checkpoint `scenes`), ddpm (`
 precision and in diffusers' layout. MINUTES add up to less than four hours on two cores.
 """
 
+import copy
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -27,7 +30,9 @@ LOOK_EVERY = 300.0  # seconds between sample pictures
 
 @dataclass(frozen=True)
 class Job:
-    """Where and how long: the work folder, the number of training pictures, minutes per stage, rendering processes."""
+    """Where and how long: the work folder, the number of training pictures, minutes per stage, rendering
+    processes.
+    """
 
     folder: Path
     pictures: int = 24_000
@@ -96,7 +101,7 @@ def train_unet(job: Job):
     pictures = make_pictures(job)
     vae = AutoencoderKL.from_pretrained(job.scenes / "vae")
     encoder = CLIPTextModel.from_pretrained(job.scenes / "text_encoder")
-    vocabulary = read_vocabulary(job.scenes / "tokenizer")
+    vocabulary = _read_vocabulary(job.scenes / "tokenizer")
     latents = _stored_latents(job, vae, pictures)
     fresh = text_to_image.new_unet().to(memory_format=torch.channels_last)
     trainer = Trainer("unet", fresh, job.folder / "unet", job.recipe("unet", 1e-3, average=0.998))
@@ -147,16 +152,11 @@ STAGES = {
 }
 
 
-def read_vocabulary(folder) -> dict[str, int]:
-    """token -> id of a tokenizer folder."""
-    import json
-
+def _read_vocabulary(folder):
     return json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
 
 
 def _half(model):
-    import copy
-
     return copy.deepcopy(model).half()
 
 
@@ -202,8 +202,6 @@ def _reconstructions(job, pictures):
     """Writes rows of pictures above their reconstructions."""
 
     def look(vae, step):
-        from PIL import Image
-
         with torch.inference_mode():
             x = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
             y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)

@@ -1,7 +1,8 @@
 """Makes the miniature's tokenizer, and trains its CLIPTextModel to know what a caption says.
 
-The encoder is trained first and then frozen, as Stable Diffusion's was: from the end token, and from every padding
-token behind it, it must name all that the caption says. Trained together with the U-Net it was the bottleneck.
+The encoder is trained first and then frozen, as Stable Diffusion's was: from the end token, and from every
+padding token behind it, it must name all that the caption says. Trained together with the U-Net it was the
+bottleneck.
 """
 
 import json
@@ -24,7 +25,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder) -> dict[str, int]:
-    """Learns merges from captions and writes vocab.json, merges.txt and the two configs in CLIP's format; -> vocabulary.
+    """Learns merges from captions and writes vocab.json, merges.txt and the two configs in CLIP's format; ->
+    vocabulary.
 
     256 byte symbols, the same with </w>, one entry per merge, start and end: any text can be written.
     """
@@ -54,15 +56,21 @@ def write_tokenizer(folder) -> dict[str, int]:
     }
     write_json(folder / "special_tokens_map.json", names)
     typed = {k: v | {"__type": "AddedToken"} if isinstance(v, dict) else v for k, v in names.items()}
-    settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": LENGTH,
-                "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
+    settings = {
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+    }
     write_json(folder / "tokenizer_config.json", settings | typed)
     return vocabulary
 
 
 def caption_ids(captions: list[str], vocabulary) -> torch.Tensor:
-    """int64 (B, 77) ids of captions, padded with the end token. Each word of the little world is one token; the
-    tokenizer that ships gives the same ids, and a test compares them."""
+    """int64 (B, 77) ids of captions, padded with the end token. Each word of the little world is one token;
+    the tokenizer that ships gives the same ids, and a test compares them.
+    """
     ids = torch.full((len(captions), LENGTH), vocabulary[END])
     for row, text in zip(ids, captions, strict=True):
         numbers = [vocabulary[START], *(vocabulary[word + "</w>"] for word in text.split())]

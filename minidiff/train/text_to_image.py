@@ -1,7 +1,7 @@
 """Trains the miniature's UNet2DConditionModel on latents and frozen text embeddings.
 
-Epsilon prediction (Ho et al. 2020, eq. 14) on Stable Diffusion's noise schedule, weighted by min(SNR, 5) / SNR
-(Hang et al. 2023, arXiv 2303.09556); a tenth of the captions is empty, for classifier-free guidance.
+Epsilon prediction (Ho et al. 2020, eq. 14) on Stable Diffusion's noise schedule, weighted by min(SNR, 5) /
+SNR (Hang et al. 2023, arXiv 2303.09556); a tenth of the captions is empty, for classifier-free guidance.
 """
 
 import copy
@@ -46,7 +46,9 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def encode_pictures(vae, pictures, batch=64):
-    """pictures (N, 128, 128, 3) uint8 -> means and standard deviations of their latents, each (N, 4, 16, 16) float16."""
+    """pictures (N, 128, 128, 3) uint8 -> means and standard deviations of their latents, each (N, 4, 16, 16)
+    float16.
+    """
     dtype = fast_dtype(vae.device)
     encoder = copy.deepcopy(vae).to(dtype, memory_format=torch.channels_last)
     means, stds = [], []
