@@ -8,8 +8,8 @@ from minidiff.scenes import COLOURS, FLOORS, SHAPES, SIZES, Scene, Solid, Tellin
 from minidiff.scenes.world import INVERSE
 
 RELATION_CLASSES = (None, "left of", "in front of", "and")
-# Name of a fact -> its classes; None: absent or not said. "first" is the left one, the one in front, or, where no
-# relation is named, the one named first.
+# Name of a fact -> its classes; None: absent or not said. "first" is the left one, the one in front, or,
+# where no relation is named, the one named first.
 FACTS = {
     "relation": RELATION_CLASSES,
     **{f"{which} {what}": (None, *options)

@@ -20,44 +20,46 @@ def score_scorer(scorer: str, count: int, seed: int) -> dict[str, float]:
     """Shares that the scorer gets right on rendered pictures of held-out scenes."""
     scenes = held_out_scenes(count, seed)
     pictures = np.stack([render(scene) for scene in scenes])
-    return tally(zip(scenes, _scorer(scorer).scenes(pictures), strict=True))
+    return tally(zip(scenes, Scorer.from_pretrained(scorer).scenes(pictures), strict=True))
 
 
-def score_checkpoint(args) -> dict[str, float]:
-    """Shares that the checkpoint gets right on as many held-out prompts; args as `minidiff score` has them.
+def score_checkpoint(
+    checkpoint: str,
+    scorer: str,
+    *,
+    scheduler: str,
+    prompts: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    out=None,
+) -> dict[str, float]:
+    """Shares that the checkpoint gets right on held-out prompts, as many as `prompts` says.
 
-    Picture k is drawn with seed args.seed + k. With args.out, pictures and a contact sheet go there.
+    scheduler: a class name. Picture k is drawn with seed + k. With out, a folder, pictures and a contact
+    sheet go there.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(args.checkpoint)
-    scheduler = getattr(minidiff.schedulers, args.scheduler, None)
-    if scheduler is None:
-        raise ValueError(
-            f"unknown scheduler {args.scheduler!r}; there are {', '.join(minidiff.schedulers.__all__)}"
-        )
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipe.scheduler = getattr(minidiff.schedulers, scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(args.prompts, args.seed)
+    scenes = held_out_scenes(prompts, seed)
     pictures = []
     for start in tqdm(range(0, len(scenes), BATCH), desc="pictures", unit_scale=BATCH):
-        prompts = [caption(scene) for scene in scenes[start : start + BATCH]]
-        generators = [torch.Generator().manual_seed(args.seed + start + k) for k in range(len(prompts))]
+        texts = [caption(scene) for scene in scenes[start : start + BATCH]]
+        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
         out = pipe(
-            prompts,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
+            texts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             generator=generators,
             output_type="np",
         )
         pictures.append(np.rint(out.images * 255).astype(np.uint8))
     pictures = np.concatenate(pictures)
-    seen = _scorer(args.scorer).scenes(pictures)
-    if args.out:
-        _write_pictures(Path(args.out), pictures)
+    seen = Scorer.from_pretrained(scorer).scenes(pictures)
+    if out:
+        _write_pictures(Path(out), pictures)
     return tally(zip(scenes, seen, strict=True))
-
-
-def _scorer(name):
-    return Scorer.from_pretrained(name)
 
 
 def _write_pictures(folder, pictures):
