@@ -304,3 +304,14 @@ def test_unipcs_history_can_be_set_and_its_places_looked_up():
         assert ours.index_for_timestep(timestep) == theirs.index_for_timestep(timestep)
     expected = theirs.index_for_timestep(5, torch.tensor(repeated))
     assert ours.index_for_timestep(5, np.array(repeated)) == expected == 1
+
+
+def test_set_timesteps_starts_from_the_beginning_again():
+    scheduler, x = named("UniPCMultistepScheduler", 10), normal(1, 2, 3)
+    assert (scheduler.begin_index, scheduler.step_index) == (None, None)
+    scheduler.set_begin_index(4)
+    scheduler.step(x, scheduler.timesteps[4], x)
+    scheduler.set_timesteps(10)
+    assert (scheduler.begin_index, scheduler.step_index) == (None, None)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    assert scheduler.step_index == 1
