@@ -1,12 +1,20 @@
-"""What holds for every test: no network, and nothing printed by progress bars or forked tokenizers."""
+"""What holds for every test: no network. And `pytest --worst`, which prints the worst differences."""
 
 import os
 import socket
+from collections import defaultdict
 
+import numpy as np
+import parity
 import pytest
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported; it warns after a fork otherwise
+os.environ["TOKENIZERS_PARALLELISM"] = (
+    "false"  # before tokenizers is imported; it warns after a fork otherwise
+)
 connect = socket.socket.connect
+worst = defaultdict(
+    lambda: [0, 0.0, 0.0]
+)  # (file, dtype): comparisons, worst difference, share of its tolerance
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +28,41 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--worst", action="store_true", help="print the worst difference that each file's tests met"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--worst"):  # before the tests import it by name
+        parity.assert_close = recording(parity.assert_close)
+
+
+def recording(assert_close):
+    """assert_close that also keeps the worst difference in `worst`."""
+
+    def recorded(ours, theirs, rtol=0.0, atol=0.0):
+        assert_close(ours, theirs, rtol=rtol, atol=atol)
+        a, b = parity._float64(ours), parity._float64(theirs)
+        finite = np.isfinite(a) & np.isfinite(b)
+        difference, allowed = np.abs(a[finite] - b[finite]), atol + rtol * np.abs(b[finite])
+        file = os.environ["PYTEST_CURRENT_TEST"].split("::")[0]
+        row = worst[file, str(getattr(ours, "dtype", type(ours).__name__)).removeprefix("torch.")]
+        row[0] += 1
+        row[1] = max(row[1], difference.max(initial=0))
+        row[2] = max(
+            row[2], np.divide(difference, allowed, out=0 * difference, where=difference > 0).max(initial=0)
+        )
+
+    return recorded
+
+
+def pytest_terminal_summary(terminalreporter):
+    for (file, dtype), (count, difference, share) in sorted(worst.items()):
+        terminalreporter.write_line(
+            f"{file:36} {dtype:10} {count:6} comparisons, worst difference {difference:.1e}, "
+            f"{100 * share:5.1f} % of its tolerance"
+        )
