@@ -142,3 +142,12 @@ def test_a_thresholding_ratio_outside_its_range_is_named(ratio):
     scheduler = named("DDIMScheduler", thresholding=True, dynamic_thresholding_ratio=ratio)
     with pytest.raises(ValueError, match="dynamic_thresholding_ratio"):
         scheduler.step(x, 0, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timesteps_that_fit_no_batch_are_named(name):
+    x = normal(3, 2, 4)
+    for wrong in ([1, 2], [[1], [2], [3]]):
+        with pytest.raises(ValueError, match="pass one, or one for each of the 3 rows"):
+            named(name).add_noise(x, x, wrong)
+    assert (named(name).add_noise(x, x, 0) == named(name).add_noise(x, x, [0, 0, 0])).all()

@@ -360,9 +360,18 @@ class Scheduler(Configured):
         alpha, sigma = self._signal_and_noise(sample, timesteps)
         return like(alpha * self._array(noise) - sigma * self._array(sample), sample)
 
+    def _timestep_list(self, samples, timesteps):
+        """timesteps in any form as an array of one, or of one for each row of samples."""
+        timesteps = np.atleast_1d(to_numpy(timesteps))
+        if timesteps.shape not in ((1,), (len(samples),)):
+            raise ValueError(
+                f"timesteps has the shape {timesteps.shape}; pass one, or one for each of the {len(samples)} rows"
+            )
+        return timesteps
+
     def _signal_and_noise(self, samples, timesteps):
         """sqrt(a_t), sqrt(1 - a_t), each (B, 1, …); from a table in samples' dtype, as in diffusers."""
-        rows = np.array([self._table_index(t) for t in np.atleast_1d(to_numpy(timesteps))])
+        rows = [self._table_index(t) for t in self._timestep_list(samples, timesteps)]
         a_t = self._array(like(self.alphas_cumprod, samples))[rows]
         a_t = a_t.reshape(-1, *[1] * (len(samples.shape) - 1))  # (B, 1, …)
         return np.sqrt(a_t), np.sqrt(1 - a_t)

@@ -150,7 +150,7 @@ class SigmaScheduler(Scheduler):
         Once a begin_index is set, all are at the current step. Before set_timesteps the timesteps fall while
         the table rises, so that t gets the noise of N - 1 - t, as in diffusers: set timesteps first.
         """
-        timesteps = np.atleast_1d(to_numpy(timesteps))
+        timesteps = self._timestep_list(samples, timesteps)
         if self._begin_index is None:
             rows = [self.index_for_timestep(t) for t in timesteps]
         else:

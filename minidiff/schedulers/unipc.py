@@ -192,33 +192,29 @@ class UniPCMultistepScheduler(SigmaScheduler):
             fall = alpha_t * sigma_s / alpha_s  # the limit of sigma_t (e^h - 1); diffusers has 0 * inf, NaN
         result = keep * sample
         result -= fall * outputs[0]
-        weights = self._weights(nodes, moments(signed, rise, scale, order), corrected is not None)
-        points = [*zip(nodes, outputs[1:], strict=True)]
         if corrected is not None:
-            points.append((np.float32(1), corrected))
-        for weight, (node, output) in zip(weights, points, strict=True):
+            nodes, outputs = [*nodes, np.float32(1)], [*outputs, corrected]
+        if len(nodes) == 1:
+            weights = [0.5]  # a simple form for the lowest order
+        else:
+            weights = solve_vandermonde(nodes, moments(signed, rise, scale, len(nodes)))
+        for weight, node, output in zip(weights, nodes, outputs[1:], strict=True):
             difference = output - outputs[0]
             difference *= share * scale * (weight / node)
             result -= difference
         return result
 
-    def _weights(self, nodes, b, correct):
-        """The weights of the differences, with which the step is exact for polynomials."""
-        if correct:
-            return solve_vandermonde([*nodes, 1], b) if nodes else [0.5]  # the lowest orders in a simple form
-        return [0.5] if len(nodes) == 1 else solve_vandermonde(nodes, b[:-1])
-
     def _alpha_sigma(self, sigma):
         return (1 - sigma, sigma) if self.config.use_flow_sigmas else super()._alpha_sigma(sigma)
 
 
-def moments(h, rise, scale, order):
-    """b_k = k! h phi_{k+1}(h) / B(h), k = 1 … order : what the weights reproduce. rise = e^h - 1.
+def moments(h, rise, scale, count):
+    """b_k = k! h phi_{k+1}(h) / B(h) for k = 1 … count: what the weights reproduce. rise = e^h - 1.
 
     In float32 and in this order, since it cancels: for small h, another order changes the fourth digit.
     """
     b, phi, factorial = [], rise / h - 1, 1
-    for k in range(1, order + 1):
+    for k in range(1, count + 1):
         b.append(phi * factorial / scale)
         factorial *= k + 1
         phi = phi / h - 1 / factorial
@@ -226,7 +222,10 @@ def moments(h, rise, scale, order):
 
 
 def solve_vandermonde(nodes, b) -> list[float]:
-    """The weights w with sum_j nodes[j]^i w[j] = b[i] for all i, in float64 (Björck & Pereyra 1970)."""
+    """The weights w with sum_j nodes[j]^i w[j] = b[i] for all i, in float64 (Björck & Pereyra 1970).
+
+    With them a step is exact for polynomials through the nodes. ValueError for a node that comes twice.
+    """
     x, w = [float(node) for node in nodes], [float(value) for value in b]
     n = len(x)
     for k in range(n - 1):
