@@ -365,7 +365,7 @@ class Scheduler(Configured):
         timesteps = np.atleast_1d(to_numpy(timesteps))
         if timesteps.shape not in ((1,), (len(samples),)):
             raise ValueError(
-                f"timesteps has the shape {timesteps.shape}; pass one, or one for each of the {len(samples)} rows"
+                f"timesteps is {timesteps.shape}; pass one, or one for each of the {len(samples)} rows"
             )
         return timesteps
 
