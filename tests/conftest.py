@@ -8,13 +8,9 @@ import numpy as np
 import parity
 import pytest
 
-os.environ["TOKENIZERS_PARALLELISM"] = (
-    "false"  # before tokenizers is imported; it warns after a fork otherwise
-)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported, which warns after forks
 connect = socket.socket.connect
-worst = defaultdict(
-    lambda: [0, 0.0, 0.0]
-)  # (file, dtype): comparisons, worst difference, share of its tolerance
+worst = defaultdict(lambda: [0, 0.0, 0.0])  # (file, dtype): comparisons, worst difference, share of tolerance
 
 
 @pytest.fixture(autouse=True)
