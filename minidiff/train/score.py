@@ -47,14 +47,14 @@ def score_checkpoint(
     for start in tqdm(range(0, len(scenes), BATCH), desc="pictures", unit_scale=BATCH):
         texts = [caption(scene) for scene in scenes[start : start + BATCH]]
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
-        out = pipe(
+        drawn = pipe(
             texts,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
         )
-        pictures.append(np.rint(out.images * 255).astype(np.uint8))
+        pictures.append(np.rint(drawn.images * 255).astype(np.uint8))
     pictures = np.concatenate(pictures)
     seen = Scorer.from_pretrained(scorer).scenes(pictures)
     if out:
