@@ -10,7 +10,9 @@ import pytest
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported, which warns after forks
 connect = socket.socket.connect
-worst = defaultdict(lambda: [0, 0.0, 0.0])  # (file, dtype): comparisons, worst difference, share of tolerance
+worst = defaultdict(
+    lambda: [0, 0.0, 0.0]
+)  # (file, dtype, rtol, atol): comparisons, worst difference, its share
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,8 @@ def recording(assert_close):
         finite = np.isfinite(a) & np.isfinite(b)
         difference, allowed = np.abs(a[finite] - b[finite]), atol + rtol * np.abs(b[finite])
         file = os.environ["PYTEST_CURRENT_TEST"].split("::")[0]
-        row = worst[file, str(getattr(ours, "dtype", type(ours).__name__)).removeprefix("torch.")]
+        dtype = str(getattr(ours, "dtype", type(ours).__name__)).removeprefix("torch.")
+        row = worst[file, dtype, rtol, atol]
         row[0] += 1
         row[1] = max(row[1], difference.max(initial=0))
         row[2] = max(
@@ -57,8 +60,8 @@ def recording(assert_close):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for (file, dtype), (count, difference, share) in sorted(worst.items()):
+    for (file, dtype, rtol, atol), (count, difference, share) in sorted(worst.items()):
         terminalreporter.write_line(
-            f"{file:36} {dtype:10} {count:6} comparisons, worst difference {difference:.1e}, "
-            f"{100 * share:5.1f} % of its tolerance"
+            f"{file:40} {dtype:8} rtol {rtol:<6g} atol {atol:<6g} {count:5} comparisons, "
+            f"worst difference {difference:.1e} ({100 * share:.1f} % of the tolerance)"
         )
