@@ -1,8 +1,7 @@
-"""DDPMPipeline and DDIMPipeline draw diffusers' pictures: tiny random models, the same seeds; pixels lie in
-[0, 1].
+"""DDPMPipeline and DDIMPipeline draw diffusers' pictures: tiny random models, the same seeds.
 
-Each in float32 and in float64, where hardly any rounding is left: random weights amplify float32's, DDIM's
-without noise up to 5.5e-5 of the 1/255 that is promised.
+Pixels lie in [0, 1]. Each in float32 and in float64, where hardly any rounding is left: random weights
+amplify float32's, DDIM's without noise up to 5.5e-5 of the 1/255 that is promised.
 """
 
 import diffusers

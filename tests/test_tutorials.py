@@ -1,5 +1,4 @@
-"""The two lessons that everybody starts with, DDPM and Stable Diffusion taken apart into models and
-schedulers.
+"""The two lessons that all begin with: DDPM and Stable Diffusion taken apart into models and schedulers.
 
 Each is a function that knows its library only as a name to import from, so that the same lines run on
 minidiff and on diffusers with transformers; they make every call of diffusers' page "Understanding pipelines,

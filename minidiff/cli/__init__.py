@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all errors here, without the whole usage in front."""
 
     def error(self, message):
+        """Raises UsageError, which main prints."""
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 

@@ -28,6 +28,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser):
+    """The arguments of `minidiff generate`."""
     parser.description, parser.epilog = TEXT, EXAMPLES
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
@@ -42,6 +43,7 @@ def add_arguments(parser):
 
 
 def run(args):
+    """Draws the pictures of a prompt, or those of --like again."""
     if args.prompt is None and args.like is None:
         raise ValueError("generate needs a PROMPT, or --like PICTURE (see minidiff generate --help)")
     settings = settle(args, "generate", DEFAULTS)

@@ -24,6 +24,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser):
+    """The arguments of `minidiff info`."""
     parser.description, parser.epilog = TEXT, EXAMPLES
     known = "scenes, scenes-ddpm, a folder, or a repository that was downloaded before"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=known)
@@ -31,6 +32,7 @@ def add_arguments(parser):
 
 
 def run(args):
+    """Prints the parts of a checkpoint, its sizes and the scheduler."""
     name = args.checkpoint
     index = hub.read_json(name, "model_index.json", **LOCAL)
     parts = {part: entry for part, entry in index.items() if _is_part(entry)}
@@ -73,16 +75,16 @@ def _read_header(path):
     """How many weights of each type a safetensors file has; nothing for an index or a .bin file."""
     if path.suffix != ".safetensors":
         return {}
-    counts = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                tensor = file.get_slice(key)
-                dtype = TYPES.get(tensor.get_dtype())
-                if dtype is not None:
-                    counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.get_shape())
+            tensors = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
+    counts = {}
+    for tensor in tensors:
+        dtype = TYPES.get(tensor.get_dtype())
+        if dtype is not None:
+            counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.get_shape())
     return counts
 
 

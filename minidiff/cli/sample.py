@@ -21,10 +21,12 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser):
+    """The arguments of `minidiff sample`."""
     parser.description, parser.epilog = TEXT, EXAMPLES
     add_drawing_arguments(parser, DEFAULTS)
 
 
 def run(args):
+    """Draws pictures with an unconditional checkpoint."""
     settings = settle(args, "sample", DEFAULTS)
     draw(args, settings, settings["checkpoint"].rstrip("/").rpartition("/")[2], {})

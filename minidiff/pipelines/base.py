@@ -47,8 +47,7 @@ class DiffusionPipeline:
         cls, name_or_path, *, torch_dtype=None, dtype=None, variant=None, use_safetensors=None, revision=None,
         cache_dir=None, local_files_only=False, token=None, **parts,
     ):  # fmt: skip
-        """The pipeline of a built-in name ("scenes"), a folder in diffusers' layout, or a hub repository's
-        id.
+        """The pipeline of a built-in name ("scenes"), a folder in diffusers' layout, or a repository's id.
 
         torch_dtype (or dtype, its newer name): the type of all models, float32 if None, whatever the files
         hold. variant: a file-name infix such as "fp16". Parts may be given instead of read: `vae=my_vae`.
@@ -138,9 +137,7 @@ class DiffusionPipeline:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def to(self, *args, device=None, dtype=None):
-        """Moves all models to a device, a floating dtype or both, given in any order; returns the
-        pipeline.
-        """
+        """Moves all models to a device, a floating dtype or both; returns the pipeline."""
         targets = [value for value in (*args, device, dtype) if value is not None]
         for target in targets:
             if isinstance(target, torch.dtype) and not target.is_floating_point:
@@ -162,9 +159,7 @@ class DiffusionPipeline:
 
     @property
     def backend(self) -> str:
-        """Which version of attention and group norm the models run: "torch", say; all of them if several
-        do.
-        """
+        """Which version of attention and group norm the models run, such as "torch"; all, if several."""
         layers = [layer for model in self.models for layer in model.modules() if hasattr(layer, "backend")]
         return ", ".join(sorted({layer.backend for layer in layers}))
 

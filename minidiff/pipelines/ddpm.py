@@ -72,9 +72,7 @@ class DDPMPipeline(DiffusionPipeline):
 
 
 class DDIMPipeline(DDPMPipeline):
-    """The same with DDIM's steps: any scheduler is turned into a DDIMScheduler with the same noise
-    schedule.
-    """
+    """The same with DDIM's steps: any scheduler becomes a DDIMScheduler with the same noise schedule."""
 
     def __init__(self, unet, scheduler):
         super().__init__(unet, DDIMScheduler.from_config(scheduler.config))
@@ -90,9 +88,7 @@ class DDIMPipeline(DDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """As DDPMPipeline. eta in [0, 1]: the share of DDPM's noise; use_clipped_model_output:
-        DDIMScheduler.step.
-        """
+        """As DDPMPipeline; eta in [0, 1] and use_clipped_model_output are explained at DDIMScheduler.step."""
         options = {"eta": eta, "use_clipped_model_output": bool(use_clipped_model_output)}
         return self._run(batch_size, generator, num_inference_steps, output_type, return_dict, **options)
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion, text to image: Rombach et al. 2022, arXiv 2112.10752. Start with
+"""Stable Diffusion, text to image (Rombach et al. 2022, arXiv 2112.10752):
 `StableDiffusionPipeline.__call__`.
 
 A text encoder turns the prompt into 77 vectors; a U-Net, which looks at them, takes the noise out of a small
@@ -29,9 +29,7 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 @dataclass
 class StableDiffusionPipelineOutput(ImagePipelineOutput):
-    """What a call made: `.images`, and for diffusers' sake nsfw_content_detected, always None: nothing is
-    checked.
-    """
+    """What a call made: `.images`; nsfw_content_detected, which diffusers has, is always None."""
 
     nsfw_content_detected: None = None
 
@@ -138,8 +136,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self, prompt, device=None, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True,
         negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None, *, clip_skip=None,
     ):  # fmt: skip
-        """(prompt_embeds, negative_prompt_embeds), each (prompts * num_images_per_prompt, 77, D), images
-        adjacent.
+        """(prompt_embeds, negative_prompt_embeds), each (B, 77, D), the pictures of a prompt adjacent.
 
         What is given as embeddings is only repeated. The second one is None without guidance. Errors as for
         the call.
@@ -185,8 +182,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[layers - clip_skip])
 
     def prepare_latents(self, shape, generator=None, latents=None) -> np.ndarray:
-        """Where sampling starts: noise of the scheduler's first level, float32 (B, C, h, w); drawn if latents
-        is None.
+        """Where sampling starts: latents or new noise, times the scheduler's first level; float32 (B, C, h,
+        w).
 
         Half-precision models get the numbers that float32 ones get: torch draws in float32 for both.
         """
@@ -201,8 +198,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return latents * float(self.scheduler.init_noise_sigma)
 
     def predictor(self, text: dict):
-        """The U-Net with the text bound to it, on arrays: (B, 4, h, w) and a timestep -> (B, 4, h, w), guided
-        if so set.
+        """The U-Net and guidance with the text bound to them: predict(x, t), arrays (B, 4, h, w) in and out.
 
         text["prompt_embeds"]: (B, 77, D), with guidance (2B, 77, D), the negative ones first; looked up at
         every step, so that callbacks can exchange them.
@@ -213,9 +209,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
             latents = like(np.concatenate([x, x]) if guided else x, embeds)  # one batch for both texts
             output = self.unet(latents, t, embeds, timestep_cond=self._guidance_embedding(embeds)).sample
             output = like(to_numpy(output), x)
-            return (
-                guide(*np.split(output, 2), self.guidance_scale, self.guidance_rescale) if guided else output
-            )
+            if not guided:
+                return output
+            return guide(*np.split(output, 2), self._guidance_scale, self._guidance_rescale)
 
         return predict
 
@@ -224,13 +220,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         dim = self.unet.config.time_cond_proj_dim
         if dim is None:
             return None
-        scale = torch.full((len(embeds),), 1000 * (self.guidance_scale - 1), device=embeds.device)
+        scale = torch.full((len(embeds),), 1000 * (self._guidance_scale - 1), device=embeds.device)
         return timestep_embedding(scale, dim, flip_sin_to_cos=False, freq_shift=1).to(embeds.dtype)
 
     def decode(self, latents: np.ndarray) -> torch.Tensor:
-        """Latents (B, 4, h, w), an array -> pictures (B, 3, H, W) in about [-1, 1], a tensor in the decoder's
-        type.
-        """
+        """Latents, an array (B, 4, h, w) -> pictures in about [-1, 1], a tensor (B, 3, H, W)."""
         latents = like(latents / self.vae.config.scaling_factor, next(self.vae.parameters()))
         return self.vae.decode(latents).sample
 
@@ -259,7 +253,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The running call's. A callback may set _guidance_scale; for 1 or less it must halve
+        """The running call's. Callbacks may set _guidance_scale; for 1 or less they must halve
         prompt_embeds.
         """
         return self._guidance_scale
