@@ -19,7 +19,7 @@ from minidiff.checkpoints.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 BUILT_IN = Path(__file__).resolve().parent.parent / "weights"
-BUILT_IN_NAMES = ("scenes", "scenes-ddpm")
+BUILT_IN_NAMES = ("scenes", "scenes-ddpm", "scenes-scorer")
 
 
 def resolve(
@@ -34,7 +34,7 @@ def resolve(
 ) -> list[Path]:
     """The files of a checkpoint that choose picks, as local paths.
 
-    name_or_path: "scenes" or "scenes-ddpm", which ship (write "./scenes" for a folder of that name); a
+    name_or_path: one of BUILT_IN_NAMES, which ship (write "./scenes" for a folder of that name); a
     folder; or a repository id "owner/name". choose(names, where) gets the names in that folder or its
     subfolder (folders end in "/") and the words for it in errors, and returns the names that are needed or
     raises CheckpointError. Only those are fetched from the hub, in their newest state; where it can't be
