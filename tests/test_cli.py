@@ -75,10 +75,6 @@ def subprocess_run(*words, code=None):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
 
 
-# --------------------------------------------------------------------------------------------------------
-# generate
-
-
 def test_a_picture_carries_everything_that_made_it(run, sd):
     (name,) = generate(
         run, sd, "--seed", 5, "--negative", "blue", "--guidance", 3, "--height", 24, "--scheduler", "ddim"
@@ -92,8 +88,8 @@ def test_a_picture_carries_everything_that_made_it(run, sd):
         "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     assert expected.items() <= texts.items()
-    assert int(texts["threads"]) >= 1
-    assert set(texts) - set(expected) == {"threads", "minidiff", "torch", "numpy"}
+    assert int(texts["threads"]) >= 1 and len(texts["weights"]) == 16
+    assert set(texts) - set(expected) == {"threads", "weights", "minidiff", "torch", "numpy"}
 
 
 def test_the_picture_is_the_pipelines(run, sd):
@@ -190,8 +186,15 @@ def test_other_versions_are_told(run, sd, monkeypatch):
     assert err == ["minidiff: made with minidiff 0.0.1; it may differ in the last bits"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# sample
+def test_other_weights_are_told(run, sd, tmp_path):
+    copy = Path(shutil.copytree(sd, tmp_path / "copy"))
+    (name,) = generate(run, str(copy))
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(copy)
+    pipe.vae.decoder.conv_out.bias.data[0] += 0.01
+    pipe.vae.save_pretrained(copy / "vae")
+    status, _, err = run("generate", "--like", name)
+    assert (status, len(err)) == (0, 1) and "weights have changed since" in err[0]
+    assert run("generate", "--like", name, "--checkpoint", sd)[2] == []  # asked for, and so no surprise
 
 
 def test_sample_draws_without_a_text_and_repeats_itself(run, ddpm):
@@ -211,10 +214,6 @@ def test_sample_switches_schedulers(run, ddpm):
     for scheduler in ("ddim", "pndm", "unipc"):
         status, (name,), _ = run("sample", "--checkpoint", ddpm, "--steps", 5, "--scheduler", scheduler)
         assert status == 0 and Image.open(name).size == (8, 8)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# info
 
 
 def test_info_shows_every_part(run, sd):
@@ -268,10 +267,6 @@ def test_info_names_a_broken_file(run, sd, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     status, _, err = run("info", copy)
     assert status == 2 and len(err) == 1 and str(path) in err[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# errors
 
 
 @pytest.mark.parametrize(
@@ -391,9 +386,6 @@ def test_an_interruption_is_one_line_and_status_130(run, sd, monkeypatch):
     status, out, err = run("generate", PROMPT, "--checkpoint", sd, "--steps", 1)
     assert (status, out, err) == (130, [], ["minidiff: interrupted; no file was left half-written"])
     assert os.listdir() == []
-
-
-# --------------------------------------------------------------------------------------------- as a program
 
 
 @pytest.mark.slow

@@ -56,10 +56,6 @@ def embeddings(count, seed=0):
     return torch.randn(count, 77, 32, generator=generator(seed))
 
 
-# ----------------------------------------------------------------------------------------------- equal to
-# diffusers
-
-
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize(
     "scheduler, config",
@@ -201,10 +197,6 @@ def test_half_precision_starts_from_the_same_noise_and_ends_near_by(folder, dtyp
     assert_close(*pictures, atol=0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# results
-
-
 @pytest.mark.parametrize("output_type", ["pt", "latent"])
 def test_tensors_come_back_as_from_diffusers(both, output_type):
     ours, theirs = (
@@ -254,10 +246,6 @@ def test_latents_of_another_size_set_the_size(both):
 def test_one_side_alone_is_respected(both):
     ours, _ = both
     assert ours(PROMPT, height=24, num_inference_steps=1).images[0].size == (16, 24)
-
-
-# -------------------------------------------------------------------------------------------------------
-# callbacks
 
 
 def test_callbacks_see_and_change_the_same_tensors(both):
@@ -330,10 +318,6 @@ def test_the_progress_bar_counts_the_steps_and_can_be_set(both, capsys):
     assert "drawing" in err and "6/6" in err  # PNDM calls the model once more than there are steps
 
 
-# ------------------------------------------------------------------------------------------------------------
-# text
-
-
 def test_encode_prompt_gives_diffusers_embeddings(both):
     args = ([PROMPT, ""], torch.device("cpu"), 2, True, ["blue", "a cube"])
     for ours, theirs in zip(*(pipeline.encode_prompt(*args) for pipeline in both), strict=True):
@@ -351,10 +335,6 @@ def test_the_words_that_the_text_encoder_does_not_see_are_named(both):
         theirs(long, num_inference_steps=2, generator=generator(), output_type="np").images,
         atol=PIXEL,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------
-# errors
 
 
 @pytest.mark.parametrize(
@@ -428,10 +408,6 @@ def test_without_a_text_encoder_embeddings_are_asked_for(both):
 def test_parts_without_a_use_are_refused(both, part):
     with pytest.raises(ValueError, match=f"no use for a {part}"):
         minidiff.StableDiffusionPipeline(**both[0].components, **{part: object()})
-
-
-# --------------------------------------------------------------------------------------------- the
-# scheduler's config
 
 
 def test_an_old_schedulers_config_is_repaired_as_in_diffusers(both):

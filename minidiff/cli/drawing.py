@@ -1,6 +1,7 @@
 """What `minidiff generate` and `minidiff sample` share: arguments, settings, the loop over the pictures."""
 
 import argparse
+import hashlib
 import math
 import secrets
 import sys
@@ -90,6 +91,8 @@ def settle(args: argparse.Namespace, command: str, defaults: dict) -> dict:
         others = [f"{name} {texts[name]}" for name, now in versions().items() if texts.get(name) != now]
         if others:
             print(f"minidiff: made with {', '.join(others)}; it may differ in the last bits", file=sys.stderr)
+        if args.checkpoint is None:
+            remembered["weights"] = texts.get("weights")
     given = {name: value for name, value in vars(args).items() if name in defaults and value is not None}
     return {"command": command} | defaults | remembered | given
 
@@ -112,6 +115,13 @@ def draw(args: argparse.Namespace, settings: dict, title: str, options: dict):
         torch.set_num_threads(settings["threads"] or before)
         settings["threads"] = torch.get_num_threads()
         pipe = _load(settings)
+        weights = _fingerprint(pipe)
+        if settings.get("weights", weights) != weights:
+            print(
+                "minidiff: the checkpoint's weights have changed since; the picture will differ",
+                file=sys.stderr,
+            )
+        settings["weights"] = weights
         first = secrets.randbelow(2**32) if settings["seed"] is None else settings["seed"]
         for k in range(args.count):
             image = _draw_one(pipe, settings, first + k, options)
@@ -153,6 +163,17 @@ def _load(settings):
         scheduler_class = getattr(minidiff, scheduler_names()[settings["scheduler"]])
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     return pipe.to(settings["device"])
+
+
+def _fingerprint(pipe):
+    """A number that changes with the weights: of the first values of every tensor, so that no large file is
+    read.
+    """
+    digest = hashlib.sha256()
+    for model in pipe.models:
+        for tensor in model.state_dict().values():
+            digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _device(name):
