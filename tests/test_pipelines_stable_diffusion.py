@@ -175,6 +175,20 @@ def test_a_distilled_model_gets_the_guidance_as_an_input(tmp_path):
                                              output_type="np").images, atol=1e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("guidance_scale, rows", [(1.0, 1), (1.1, 2)])
+def test_without_guidance_the_unet_is_asked_once(both, monkeypatch, guidance_scale, rows):
+    ours, _ = both
+    forward, seen = ours.unet.forward, []
+
+    def watched(sample, *args, **kwargs):
+        seen.append(len(sample))
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(ours.unet, "forward", watched)
+    ours(PROMPT, num_inference_steps=2, guidance_scale=guidance_scale)
+    assert seen == [rows] * 3  # PNDM's first step takes two
+
+
 def test_in_float64_nothing_but_rounding_differs(folder):
     images = []
     for pipeline in load_both("StableDiffusionPipeline", folder):
