@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff import CheckpointError, UNet2DModel
-from minidiff.checkpoints import keys
+from minidiff.checkpoints import files, keys
 from minidiff.checkpoints.load import PretrainedModel
 
 
@@ -464,3 +464,10 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(net, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         Net(channels=8).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_written_weights_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    files.write_tensors(tmp_path / "model.safetensors", {"x": torch.zeros(2)})
+    modes = {(tmp_path / name).stat().st_mode for name in ("any", "model.safetensors")}
+    assert len(modes) == 1

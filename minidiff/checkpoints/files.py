@@ -65,10 +65,13 @@ def write_tensors(path, tensors):
     """Writes a safetensors file, complete or not at all; CheckpointError where the disk does not take it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with layout.replacing(path) as temporary:
+        temporary.touch()  # as any new file of this user
+        mode = temporary.stat().st_mode
         try:
             save_file(
                 tensors, temporary, metadata={"format": "pt"}
             )  # without it transformers refuses the file
+            temporary.chmod(mode)  # safetensors makes private files
         except SafetensorError as error:  # wraps the system's error as text
             raise CheckpointError(f"{path} can't be written: {error}") from error
 
