@@ -56,6 +56,29 @@ def flow(n: int, n_train: int) -> np.ndarray:
     return np.linspace(1, 1 / n_train, n + 1)[:-1]
 
 
+def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Flow sigmas with more noise (shift > 1), for large pictures (arXiv:2403.03206, eq. 23)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def time_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
+    """`shift_flow` by e^mu (kind "exponential") or mu ("linear"), as schedulers do that shift by picture size.
+
+    Written as in diffusers, whose whole timesteps depend on the last bit.
+    """
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type is {kind!r}; it must be exponential or linear")
+    shift = math.exp(mu) if kind == "exponential" else mu
+    return shift / (shift + (1 / sigmas - 1))
+
+
+def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+    """Flow sigmas stretched so that the last one is terminal. ValueError where all of them are 1."""
+    if sigmas[-1] == 1:
+        raise ValueError("shift_terminal can't move a schedule of one step; take at least 2")
+    return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
+
+
 def sigma_to_t(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
     """The fractional timesteps with these sigmas, float64, looked up in log_sigmas, the table over all t."""
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
