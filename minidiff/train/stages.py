@@ -162,7 +162,9 @@ def _half(model):
 
 def _write_scenes(job, unet):
     _half(unet).save_pretrained(job.scenes / "unet")
-    PNDMScheduler(**text_to_image.SCHEDULER).save_pretrained(job.scenes / "scheduler")
+    # clip_sample is for DDPM, DDIM and others that take this config over, and by default clip at [-1, 1]
+    scheduler = PNDMScheduler.from_config(text_to_image.SCHEDULER, clip_sample=False)
+    scheduler.save_pretrained(job.scenes / "scheduler")
     _write_index(
         job.scenes,
         "StableDiffusionPipeline",
