@@ -24,7 +24,6 @@ from minidiff.sampling import guide, sample
 MOST_PICTURES = (
     1024  # in one call: far more would exhaust the memory, and the system end the process without a word
 )
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass
@@ -54,6 +53,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         "scheduler": (),
     }
     options = ("requires_safety_checker",)
+    callback_tensors: ClassVar = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
@@ -104,10 +104,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         count = num_images_per_prompt * count_prompts(
             prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
         )
-        check_call(count, generator, output_type, callback_on_step_end_tensor_inputs)
+        self._check_call(count, generator, output_type, callback_on_step_end_tensor_inputs)
         size = self._latent_size(height, width, latents)
         choose_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
-        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -118,14 +117,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2B, 77, D)
         text = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         latents = self.prepare_latents((count, self.unet.config.in_channels, *size), generator, latents)
-        with tqdm(total=self._num_timesteps, **self._progress_bar_config) as bar:
-            for step in sample(self.predictor(text), latents, self.scheduler, generator=generator, eta=eta):
-                if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, text)
-                latents = step.latents  # (B, 4, h, w), float32 NumPy
-                bar.update()
-                if self._interrupt:
-                    break
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        latents = self.denoise(latents, text, self.scheduler.timesteps, generator, eta, callback)
         if output_type == "latent":
             images = like(latents, prompt_embeds)
         else:
@@ -197,17 +190,41 @@ class StableDiffusionPipeline(DiffusionPipeline):
             latents = to_numpy(torch.as_tensor(latents).to(dtype))
         return latents * float(self.scheduler.init_noise_sigma)
 
+    def denoise(self, latents, text: dict, timesteps, generator=None, eta=0.0, callback=(None, ())):
+        """The loop: latents (B, 4, h, w) from the noise of timesteps[0] to pictures' latents, float32 arrays.
+
+        text: what `predictor` needs. callback: a function that runs after each step, and the names of the
+        tensors that it gets; see the call.
+        """
+        self._num_timesteps, self._interrupt = len(timesteps), False
+        loop = sample(self.predictor(text), latents, self.scheduler, timesteps=timesteps,
+                      generator=generator, eta=eta)  # fmt: skip
+        with tqdm(total=len(timesteps), **self._progress_bar_config) as bar:
+            for step in loop:
+                if callback[0] is not None:
+                    self._call_back(*callback, step, text)
+                latents = step.latents
+                bar.update()
+                if self._interrupt:
+                    break
+        return latents
+
     def predictor(self, text: dict):
         """The U-Net and guidance with the text bound to them: predict(x, t), arrays (B, 4, h, w) in and out.
 
-        text["prompt_embeds"]: (B, 77, D), with guidance (2B, 77, D), the negative ones first; looked up at
-        every step, so that callbacks can exchange them.
+        text["prompt_embeds"]: (B, 77, D), with guidance (2B, 77, D), the negative ones first; for SDXL also
+        add_text_embeds and add_time_ids. They are looked up at every step, so that callbacks can exchange
+        them.
         """
 
         def predict(x, t):
             embeds, guided = text["prompt_embeds"], self.do_classifier_free_guidance
             latents = like(np.concatenate([x, x]) if guided else x, embeds)  # one batch for both texts
-            output = self.unet(latents, t, embeds, timestep_cond=self._guidance_embedding(embeds)).sample
+            conditions = {"timestep_cond": self._guidance_embedding(embeds)}
+            if "add_text_embeds" in text:
+                added = {"text_embeds": text["add_text_embeds"], "time_ids": text["add_time_ids"]}
+                conditions["added_cond_kwargs"] = added
+            output = self.unet(latents, t, embeds, **conditions).sample
             output = like(to_numpy(output), x)
             if not guided:
                 return output
@@ -227,6 +244,23 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Latents, an array (B, 4, h, w) -> pictures in about [-1, 1], a tensor (B, 3, H, W)."""
         latents = like(latents / self.vae.config.scaling_factor, next(self.vae.parameters()))
         return self.vae.decode(latents).sample
+
+    def _check_call(self, count, generator, output_type, tensor_names):
+        """Raises ValueError, before any work is done, for what a call can't do."""
+        if count != int(count) or not 0 < count <= MOST_PICTURES:
+            raise ValueError(f"this call asks for {count} pictures; one call makes 1 to {MOST_PICTURES}")
+        if isinstance(generator, list | tuple) and len(generator) != count:
+            raise ValueError(
+                f"got {len(generator)} generators for {count} pictures; pass one, or one for each"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'")
+        unknown = sorted(set(tensor_names) - set(self.callback_tensors))
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; "
+                f"there are {', '.join(self.callback_tensors)}"
+            )
 
     def _latent_size(self, height, width, latents):
         """(h, w) of the latents: for a picture of height x width, else as given, else as in training."""
@@ -308,22 +342,6 @@ def match_prompts(negative_prompt, prompt, count) -> list[str]:
     if len(negatives) != count:
         raise ValueError(f"got {len(negatives)} negative prompts for {count} prompts; pass one for each")
     return negatives
-
-
-def check_call(count, generator, output_type, tensor_names):
-    """Raises ValueError, before any work is done, for what a call can't do."""
-    if count != int(count) or not 0 < count <= MOST_PICTURES:
-        raise ValueError(f"this call asks for {count} pictures; one call makes 1 to {MOST_PICTURES}")
-    if isinstance(generator, list | tuple) and len(generator) != count:
-        raise ValueError(f"got {len(generator)} generators for {count} pictures; pass one, or one for each")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'")
-    unknown = sorted(set(tensor_names) - set(CALLBACK_TENSORS))
-    if unknown:
-        raise ValueError(
-            f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; "
-            f"there are {', '.join(CALLBACK_TENSORS)}"
-        )
 
 
 def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None):
