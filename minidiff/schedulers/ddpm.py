@@ -5,7 +5,7 @@ Learned variances: Nichol & Dhariwal 2021, arXiv:2102.09672.
 
 import numpy as np
 
-from minidiff.schedulers.schedule import Scheduler, log, predicted_x0, threshold
+from minidiff.schedulers.schedule import Scheduler, log, posterior_variance, predicted_x0
 
 LEARNED = ("learned", "learned_range")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED)
@@ -23,23 +23,13 @@ class DDPMScheduler(Scheduler):
     needs_timesteps = False
 
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas=None,
-        variance_type: str = "fixed_small",
-        clip_sample: bool = True,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas=None, variance_type: str = "fixed_small",
+        clip_sample: bool = True, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ):
+    ):  # fmt: skip
         if variance_type not in VARIANCES:
             raise ValueError(f"variance_type is {variance_type!r}; it must be one of {', '.join(VARIANCES)}")
         self._make_tables()
@@ -80,15 +70,11 @@ class DDPMScheduler(Scheduler):
 
     def update(self, model_output, t, sample, noise):
         """Ho et al. 2020, eq. 7: the mean of x_{t-1} given x_t and the x0 that the model sees, plus noise."""
-        c = self.config
         model_output, predicted_variance = self._split_variance(model_output, sample)
         a_t, a_prev = self._alphas_bar(t)
         b_t, ratio = 1 - a_t, a_t / a_prev
-        x0 = predicted_x0(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), c.prediction_type)
-        if c.thresholding:
-            x0 = threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
-        elif c.clip_sample:
-            x0 = np.clip(x0, -c.clip_sample_range, c.clip_sample_range)
+        kind = self.config.prediction_type
+        x0 = self._limited(predicted_x0(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), kind))
         prev = np.sqrt(a_prev) * (1 - ratio) / b_t * x0 + np.sqrt(ratio) * (1 - a_prev) / b_t * sample
         if t > 0:
             prev = prev + self._deviation(t, predicted_variance) * noise()
@@ -127,7 +113,7 @@ class DDPMScheduler(Scheduler):
         """The variance at t as variance_type has it: itself, its root or its logarithm; see `_deviation`."""
         a_t, a_prev = self._alphas_bar(self._table_index(t))
         beta_t = 1 - a_t / a_prev  # "fixed_large"
-        variance = (1 - a_prev) / (1 - a_t) * beta_t  # eq. 7, "fixed_small"
+        variance = posterior_variance(a_t, a_prev)  # "fixed_small"
         variance = np.maximum(variance, np.float32(1e-20))  # 0 has no logarithm
         match variance_type or self.config.variance_type:
             case "fixed_small_log":

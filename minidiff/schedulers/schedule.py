@@ -125,6 +125,11 @@ def predicted_eps(model_output, sample, alpha, sigma, prediction_type: str) -> n
     raise ValueError(f"prediction_type is {prediction_type!r}; it must be {PREDICTIONS}")
 
 
+def posterior_variance(a_t, a_prev):
+    """The variance of a less noisy x_prev given x_t and x0 (Ho et al. 2020, eq. 7): what DDPM's noise has."""
+    return (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+
+
 def log(x) -> np.float32:
     """The logarithm of float32 numbers, rounded once: NumPy's own is off by a bit more often than torch's."""
     return np.log(x, dtype=np.float64).astype(np.float32)
@@ -185,6 +190,8 @@ class Scheduler(Configured):
     """
 
     config_name = "scheduler_config.json"
+    _compatibles: tuple[str, ...] = COMPATIBLE
+    second_result = "pred_original_sample"  # what step returns beside prev_sample
     order = 1
     init_noise_sigma = 1.0
     final_alpha_cumprod = np.float32(1)  # a_t where a step goes below timestep 0
@@ -198,7 +205,7 @@ class Scheduler(Configured):
     def compatibles(self) -> list[type]:
         """The classes that `from_config` may switch to."""
         package = sys.modules[__package__]
-        others = [getattr(package, name) for name in COMPATIBLE if hasattr(package, name)]
+        others = [getattr(package, name) for name in self._compatibles if hasattr(package, name)]
         return others if type(self) in others else [type(self), *others]
 
     @classmethod
@@ -232,14 +239,19 @@ class Scheduler(Configured):
 
     # -- tables and timesteps
 
-    def _make_tables(self):
-        """betas, alphas, alphas_cumprod, all float32 (N,), out of the config; timesteps N-1 … 0."""
-        c = self.config
-        n = c.num_train_timesteps
+    def _train_timesteps(self):
+        """N, or an error that says what it must be."""
+        n = self.config.num_train_timesteps
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 < n <= MOST_TIMESTEPS:
             raise ValueError(
                 f"num_train_timesteps is {n!r}; it must be a whole number from 1 to {MOST_TIMESTEPS}"
             )
+        return n
+
+    def _make_tables(self):
+        """betas, alphas, alphas_cumprod, all float32 (N,), out of the config; timesteps N-1 … 0."""
+        c = self.config
+        n = self._train_timesteps()
         if c.trained_betas is not None:
             self.betas = np.array(to_numpy(c.trained_betas), np.float32)
         elif c.beta_schedule in self.beta_schedules:
@@ -316,7 +328,7 @@ class Scheduler(Configured):
             prev_sample, x0 = update(output, self._position(timestep), x, *options)
         result = StepOutput(prev_sample=like(prev_sample, sample))
         if x0 is not None:
-            result["pred_original_sample"] = like(x0, sample)
+            result[self.second_result] = like(x0, sample)
         return result if return_dict else result.to_tuple()
 
     def _position(self, timestep):
@@ -336,6 +348,13 @@ class Scheduler(Configured):
             raise ValueError(
                 f"model_output is {model_output.shape}, sample {sample.shape}; both must be (B, C, …), alike"
             )
+
+    def _limited(self, x0):
+        """x0 kept in range as the config asks: by dynamic thresholding, by clipping, or not at all."""
+        c = self.config
+        if c.thresholding:
+            return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
+        return np.clip(x0, -c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
     def _noise(self, model_output, sample, generator, given=None):
         """A function for the noise that a step adds; called only if it is needed, so that seeds match."""
@@ -375,3 +394,49 @@ class Scheduler(Configured):
         a_t = self._array(like(self.alphas_cumprod, samples))[rows]
         a_t = a_t.reshape(-1, *[1] * (len(samples.shape) - 1))  # (B, 1, …)
         return np.sqrt(a_t), np.sqrt(1 - a_t)
+
+
+class CountingScheduler(Scheduler):
+    """Base of the schedulers that find a step by counting, since timesteps may repeat or be fractions.
+
+    The first step is looked up by its timestep, or is `begin_index`; the others follow. `step_index` is None
+    until the first step; update rules get it in place of the timestep and move it on.
+    """
+
+    unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
+    _step_index = _begin_index = None
+
+    def _count_anew(self):
+        self._step_index = self._begin_index = None
+
+    @property
+    def step_index(self) -> int | None:
+        """The index into timesteps and sigmas that the next step starts from."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index that the first step starts from, if it is not to be looked up."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+        """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
+        timesteps = self.timesteps if schedule_timesteps is None else to_numpy(schedule_timesteps)
+        t = timestep.item() if hasattr(timestep, "item") else timestep
+        places = np.flatnonzero(timesteps == t)
+        if not places.size and not self.unknown_is_last:
+            raise ValueError(f"timestep {t} is not in the schedule; take it from .timesteps")
+        return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
+
+    def _position(self, timestep):
+        """The index of this step, which update rules get in place of the timestep, and which they move on."""
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if self._step_index >= len(self.timesteps):
+            raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
+        return self._step_index

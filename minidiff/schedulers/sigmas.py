@@ -2,7 +2,7 @@
 
 Solvers of the differential equation dx/dsigma step from one sigma to the next, so they choose sigmas: those
 of evenly spread timesteps, or spread by `karras`, `exponential`, `beta` or `flow`; `sigma_to_t` finds the
-timestep to tell the model. `SigmaScheduler` holds what all of them share: which step comes next, and noise
+timestep to tell the model. `SigmaScheduler` holds what all of them share: the choice of sigmas, and noise
 added at a step of the schedule.
 """
 
@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from minidiff.boundary import like, to_numpy
-from minidiff.schedulers.schedule import Scheduler
+from minidiff.boundary import like
+from minidiff.schedulers.schedule import CountingScheduler
 
 # Zero-SNR tables end at a_t = 0, where sigma is infinite: the smallest float16 stands in for it.
 SMALLEST_ALPHA = np.float32(2**-24)
@@ -62,7 +62,7 @@ def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def time_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
-    """`shift_flow` by e^mu (kind "exponential") or mu ("linear"), as schedulers do that shift by picture size.
+    """`shift_flow` by e^mu (kind "exponential") or by mu ("linear"), where mu follows the picture's size.
 
     Written as in diffusers, whose whole timesteps depend on the last bit.
     """
@@ -92,24 +92,20 @@ def sigma_to_t(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
 SPREADS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta}
 
 
-class SigmaScheduler(Scheduler):
-    """Base of the schedulers that walk over `sigmas`, float32 (n + 1,), falling; sampling ends at the last.
+class SigmaScheduler(CountingScheduler):
+    """Base of the schedulers that walk over `sigmas`, float32 (n + 1,), falling; they end at the last."""
 
-    Timesteps may repeat, so a step is found by counting: the first one from its timestep or `begin_index`,
-    the others follow. `step_index` is None until the first step.
-    """
-
-    unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
-
-    def _make_tables(self):
+    def _check_spreads(self):
         chosen = [key for key in SPREADS if self.config.get(key)]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one")
+
+    def _make_tables(self):
+        self._check_spreads()
         super()._make_tables()
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = SMALLEST_ALPHA
         self.sigmas = self._table_sigmas()
-        self._step_index = self._begin_index = None
 
     def _table_sigmas(self):
         """sigma at each training timestep, float32 (N,), rising."""
@@ -133,39 +129,7 @@ class SigmaScheduler(Scheduler):
                 f"final_sigmas_type is {self.config.final_sigmas_type!r}; it must be zero or sigma_min"
             )
         self.sigmas = np.append(sigmas, last).astype(np.float32)
-        self._step_index = self._begin_index = None
-
-    @property
-    def step_index(self) -> int | None:
-        """The index into timesteps and sigmas that the next step starts from."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The index that the first step starts from, if it is not to be looked up."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0):
-        """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
-        """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
-        timesteps = self.timesteps if schedule_timesteps is None else to_numpy(schedule_timesteps)
-        t = timestep.item() if hasattr(timestep, "item") else timestep
-        places = np.flatnonzero(timesteps == t)
-        if not places.size and not self.unknown_is_last:
-            raise ValueError(f"timestep {t} is not in the schedule; take it from .timesteps")
-        return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
-
-    def _position(self, timestep):
-        """The index of this step, which update rules get in place of the timestep, and which they move on."""
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(self.timesteps):
-            raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
-        return self._step_index
+        self._count_anew()
 
     def _signal_and_noise(self, samples, timesteps):
         """alpha and sigma_t, each (B, 1, …), at the timesteps' places in the schedule.
