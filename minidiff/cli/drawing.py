@@ -1,7 +1,9 @@
-"""What `minidiff generate` and `minidiff sample` share: arguments, settings, the loop over the pictures."""
+"""What `minidiff generate`, `sample` and `compare` share: arguments, settings, a pipeline that is ready."""
 
 import argparse
+import contextlib
 import hashlib
+import inspect
 import math
 import secrets
 import sys
@@ -12,13 +14,46 @@ from minidiff.cli.pictures import check_out, out_path, read_settings, versions, 
 
 DTYPES = ("float32", "float16", "bfloat16")
 OWN = "own"  # stands for the scheduler that a checkpoint comes with
-# the class of a checkpoint's U-Net -> the command that draws with it -> the pipeline
-COMMANDS = {"UNet2DConditionModel": "generate", "UNet2DModel": "sample"}
-PIPELINES = {"generate": "StableDiffusionPipeline", "sample": "DDPMPipeline"}
+FROM_TEXT = ("StableDiffusionPipeline", "UNet2DConditionModel")
+# command -> its pipeline, and the class of the U-Net that a checkpoint for it has
+PIPELINES = {
+    "generate": FROM_TEXT,
+    "sample": ("DDPMPipeline", "UNet2DModel"),
+    "compare": FROM_TEXT,
+}
 
 
 def scheduler_names() -> dict[str, str]:
-    """All schedulers by short names: {"unipc": "UniPCMultistepScheduler", ...}"""
+    """The schedulers that these commands draw with, by short names: {"unipc": "UniPCMultistepScheduler", ...}
+
+    Those are all that `misfit` has nothing against.
+    """
+    return {short: name for short, name in _all_schedulers().items() if not misfit(name)}
+
+
+def misfit(name: str) -> str:
+    """What keeps a scheduler, a class's name, from drawing with Stable Diffusion and DDPM; "" if nothing.
+
+    Such a model was trained on a schedule of betas, whose timesteps tell it how noisy its input is, and its
+    sampling goes from noise to data. diffusers' pipelines do not ask: they draw garbage then, or fail.
+    """
+    scheduler_class = getattr(minidiff, name)
+    if "beta_schedule" not in inspect.signature(scheduler_class).parameters:
+        return "is for another kind of model: its timesteps are not those of a schedule of betas"
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(10)
+    return "goes from pictures to noise" if scheduler.timesteps[0] < scheduler.timesteps[-1] else ""
+
+
+def scheduler_name(text: str) -> str:
+    """A parser for argparse that says why a scheduler is no choice; unknown names are left to the choices."""
+    why = misfit(_all_schedulers()[text]) if text in _all_schedulers() else ""
+    if why:
+        raise argparse.ArgumentTypeError(f"{text} {why}")
+    return text
+
+
+def _all_schedulers():
     names = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
     return {_shorten(name): name for name in names}
 
@@ -30,25 +65,50 @@ def _shorten(name):
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, defaults: dict):
-    """The arguments that both commands have; those left out are None, so that --like may fill them in."""
+    """What `generate` and `sample` have; arguments left out are None, so that --like may fill them in."""
     schedulers = [OWN, *scheduler_names()]
     group = parser.add_argument_group("how it is drawn (in brackets: if left out)")
-
-    def add(name, what, default=None, **options):
-        default = defaults[name] if default is None else default
-        group.add_argument(f"--{name}", metavar="X", help=f"{what} ({default})", **options)
-
-    add("checkpoint", "scenes, scenes-ddpm, a folder, or the id of a repository")
-    add("scheduler", f"{', '.join(schedulers)}; own is what the checkpoint comes with", choices=schedulers)
-    add("steps", "how many steps from noise to picture", type=whole_number(1))
-    add("seed", "of the first picture; the next count on", "by chance", type=whole_number(0, 2**63))
-    add("device", "cpu, cuda, cuda:1, mps, ...", "cuda, or cpu where that is missing")
-    add("dtype", ", ".join(DTYPES), choices=DTYPES)
-    add("threads", "on a CPU; last bits depend on them", "torch's choice", type=whole_number(1, 1024))
+    own = f"{', '.join(schedulers)}; own is what the checkpoint comes with ({defaults['scheduler']})"
+    group.add_argument("--scheduler", metavar="X", help=own, type=scheduler_name, choices=schedulers)
+    steps = f"how many steps from noise to picture ({defaults['steps']})"
+    group.add_argument("--steps", metavar="X", help=steps, type=whole_number(1))
+    add_common_arguments(group, defaults, "of the first picture; the next count on (by chance)")
     group = parser.add_argument_group("how many pictures, and where")
+    group.add_argument("--count", type=whole_number(1), default=1, metavar="X", help="how many (1)")
+    add_file_arguments(group)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, defaults: dict):
+    """What the commands have that draw pictures of a text."""
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
+    guidance = f"how closely to follow the prompt, from 1 on ({defaults['guidance']})"
+    parser.add_argument("--guidance", type=number, metavar="X", help=guidance)
+    for side in ("height", "width"):
+        pixels = whole_number(8, 4096, multiple=8)
+        parser.add_argument(
+            f"--{side}", type=pixels, metavar="X", help="in pixels, a multiple of 8 (as in training)"
+        )
+
+
+def add_common_arguments(group, defaults: dict, seed: str):
+    """What all three have in common: the checkpoint, the seed (with its help) and what computes."""
+
+    def add(name, what, **options):
+        group.add_argument(f"--{name}", metavar="X", help=what, **options)
+
+    where = "scenes, scenes-ddpm, a folder, or the id of a repository"
+    add("checkpoint", f"{where} ({defaults['checkpoint']})")
+    add("seed", seed, type=whole_number(0, 2**63))
+    add("device", "cpu, cuda, cuda:1, mps, ... (cuda, or cpu where that is missing)")
+    add("dtype", f"{', '.join(DTYPES)} ({defaults['dtype']})", choices=DTYPES)
+    add("threads", "on a CPU; last bits depend on them (torch's choice)", type=whole_number(1, 1024))
+
+
+def add_file_arguments(group):
+    """Where pictures go, and where settings come from."""
     where = "a .png, which is replaced, or a folder for new files (the working folder)"
     like = "a picture whose settings count where none are given: alone, it is drawn again"
-    group.add_argument("--count", type=whole_number(1), default=1, metavar="X", help="how many (1)")
     group.add_argument("--out", metavar="PATH", help=where)
     group.add_argument("--like", metavar="PNG", help=like)
 
@@ -84,7 +144,7 @@ def settle(args: argparse.Namespace, command: str, defaults: dict) -> dict:
         texts = read_settings(args.like, command)
         try:
             remembered = {name: _kind(value)(texts[name]) for name, value in defaults.items()}
-            (OWN, *scheduler_names()).index(remembered["scheduler"])
+            (OWN, *scheduler_names()).index(remembered.get("scheduler", OWN))
             DTYPES.index(remembered["dtype"])
         except (KeyError, ValueError):
             raise ValueError(f"--like {args.like}: the settings in this picture are damaged") from None
@@ -107,6 +167,21 @@ def draw(args: argparse.Namespace, settings: dict, title: str, options: dict):
     One at a time: in a batch the last bits of a picture depend on the others, and --like could not repeat it.
     """
     check_out(args.out)
+    with ready(settings) as pipe:
+        first = secrets.randbelow(2**32) if settings["seed"] is None else settings["seed"]
+        for k in range(args.count):
+            image = _draw_one(pipe, settings, first + k, options)
+            found = {"seed": first + k, "height": image.height, "width": image.width}
+            path = out_path(args.out, title, first + k, k + 1 if args.count > 1 else None)
+            write_picture(image, path, settings | {key: found[key] for key in found if key in settings})
+            print(path, flush=True)
+
+
+@contextlib.contextmanager
+def ready(settings: dict):
+    """The pipeline that the settings name, in a with block; they get the threads, the device and the weights'
+    fingerprint. ValueError for a checkpoint of another command.
+    """
     _check_kind(settings["checkpoint"], settings["command"])
     import torch  # here and not at the top: whatever can be wrong before is told at once
 
@@ -122,13 +197,7 @@ def draw(args: argparse.Namespace, settings: dict, title: str, options: dict):
                 file=sys.stderr,
             )
         settings["weights"] = weights
-        first = secrets.randbelow(2**32) if settings["seed"] is None else settings["seed"]
-        for k in range(args.count):
-            image = _draw_one(pipe, settings, first + k, options)
-            found = {"seed": first + k, "height": image.height, "width": image.width}
-            path = out_path(args.out, title, first + k, k + 1 if args.count > 1 else None)
-            write_picture(image, path, settings | {key: found[key] for key in found if key in settings})
-            print(path, flush=True)
+        yield pipe
     finally:
         torch.set_num_threads(before)
 
@@ -145,8 +214,8 @@ def _check_kind(checkpoint, command):
     """Raises ValueError for a checkpoint that this command can't draw with."""
     entry = hub.read_json(checkpoint, "model_index.json").get("unet")
     unet = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    right = COMMANDS.get(str(unet))
-    if right != command:
+    if unet != PIPELINES[command][1]:
+        right = next((name for name, (_, theirs) in PIPELINES.items() if theirs == unet), None)
         hint = f"use minidiff {right}" if right else f"its U-Net is a {unet}"
         raise ValueError(f"minidiff {command} can't draw with the checkpoint {checkpoint}: {hint}")
 
@@ -157,9 +226,9 @@ def _load(settings):
 
     settings["device"] = _device(settings["device"])
     dtype = getattr(torch, settings["dtype"])
-    pipeline_class = getattr(minidiff, PIPELINES[settings["command"]])
+    pipeline_class = getattr(minidiff, PIPELINES[settings["command"]][0])
     pipe = pipeline_class.from_pretrained(settings["checkpoint"], torch_dtype=dtype)
-    if settings["scheduler"] != OWN:
+    if settings.get("scheduler", OWN) != OWN:
         scheduler_class = getattr(minidiff, scheduler_names()[settings["scheduler"]])
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     return pipe.to(settings["device"])

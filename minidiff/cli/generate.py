@@ -1,6 +1,6 @@
 """`minidiff generate`: pictures of a text."""
 
-from minidiff.cli.drawing import add_drawing_arguments, draw, number, settle, whole_number
+from minidiff.cli.drawing import add_drawing_arguments, add_text_arguments, draw, settle
 
 DEFAULTS = {
     "prompt": "",
@@ -30,15 +30,7 @@ EXAMPLES = """examples:
 def add_arguments(parser):
     """The arguments of `minidiff generate`."""
     parser.description, parser.epilog = TEXT, EXAMPLES
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
-    parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
-    guidance = f"how closely to follow the prompt, from 1 on ({DEFAULTS['guidance']})"
-    parser.add_argument("--guidance", type=number, metavar="X", help=guidance)
-    for side in ("height", "width"):
-        pixels = whole_number(8, 4096, multiple=8)
-        parser.add_argument(
-            f"--{side}", type=pixels, metavar="X", help="in pixels, a multiple of 8 (as in training)"
-        )
+    add_text_arguments(parser, DEFAULTS)
     add_drawing_arguments(parser, DEFAULTS)
 
 

@@ -5,7 +5,7 @@ minidiff.train.score.
 import argparse
 from pathlib import Path
 
-from minidiff.cli.drawing import scheduler_names
+from minidiff.cli.drawing import scheduler_name, scheduler_names
 from minidiff.cli.train import positive
 from minidiff.config import write_json
 
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--prompts", type=positive(int), default=200, help="how many (%(default)s)")
     parser.add_argument("--steps", type=positive(int), default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=5.0, help="(%(default)s)")
-    parser.add_argument("--scheduler", default="unipc", choices=scheduler_names(), help="(%(default)s)")
+    parser.add_argument(
+        "--scheduler", default="unipc", type=scheduler_name, choices=scheduler_names(), help="(%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (%(default)s)")
     parser.add_argument("--out", help="a folder for the pictures, a contact sheet and scores.json")
 
