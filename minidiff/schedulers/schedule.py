@@ -82,19 +82,22 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - np.concatenate([kept[:1], kept[1:] / kept[:-1]])
 
 
-def space_timesteps(spacing: str, n_train: int, n: int, steps_offset: int, skip_last=False) -> np.ndarray:
+def space_timesteps(
+    spacing: str, n_train: int, n: int, steps_offset: int, skip_last=False, end=None
+) -> np.ndarray:
     """n of the timesteps 0 … n_train - 1, falling, int64, in one of three ways (Lin et al. 2023, table 2).
 
     skip_last: linspace and leading lay out n + 1 and leave out the last one, t = 0 (multistep solvers do).
+    end: they stay below it (n_train if None); trailing then gives fewer, because its step stays n_train / n.
     Where n_train / n is rounded down, as 1000 / 61 is, trailing gives one more, -1, as it does in diffusers.
     """
-    points = n + skip_last
+    points, end = n + skip_last, n_train if end is None else end
     if spacing == "linspace":
-        timesteps = np.linspace(0, n_train - 1, points).round()[::-1]
+        timesteps = np.linspace(0, end - 1, points).round()[::-1]
     elif spacing == "leading":
-        timesteps = np.arange(points)[::-1] * (n_train // points) + steps_offset
+        timesteps = np.arange(points)[::-1] * (end // points) + steps_offset
     elif spacing == "trailing":
-        return np.arange(n_train, 0, -n_train / n).round().astype(np.int64) - 1
+        return np.arange(end, 0, -n_train / n).round().astype(np.int64) - 1
     else:
         raise ValueError(f"timestep_spacing is {spacing!r}; it must be {SPACINGS}")
     return timesteps[:n].astype(np.int64)
@@ -106,7 +109,10 @@ def predicted_x0(model_output, sample, alpha, sigma, prediction_type: str) -> np
     v_prediction: v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
     """
     if prediction_type == "epsilon":
-        return (sample - sigma * model_output) / alpha
+        x0 = sigma * model_output
+        np.subtract(sample, x0, out=x0)  # in place: a third of the time goes into new arrays
+        x0 /= alpha
+        return x0
     if prediction_type == "sample":
         return model_output
     if prediction_type == "v_prediction":
@@ -136,10 +142,11 @@ def log(x) -> np.float32:
 
 
 def combine(weights, arrays) -> np.ndarray:
-    """The sum of weights times arrays, all of one shape: a new array."""
+    """The sum of weights times arrays, all of one shape: a new array with the dtype of the first."""
     total = weights[0] * arrays[0]
+    term = np.empty_like(total)  # one for all: a third of the time would go into new arrays
     for weight, array in zip(weights[1:], arrays[1:], strict=True):
-        total += weight * array
+        total += np.multiply(array, weight, out=term)
     return total
 
 
@@ -356,12 +363,16 @@ class Scheduler(Configured):
             return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
         return np.clip(x0, -c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
-    def _noise(self, model_output, sample, generator, given=None):
-        """A function for the noise that a step adds; called only if it is needed, so that seeds match."""
+    def _noise(self, model_output, sample, generator, given=None, dtype=None):
+        """A function for the noise that a step adds; called only if it is needed, so that seeds match.
+
+        dtype: what it is drawn in, if not in model_output's.
+        """
         if given is not None:
             return lambda: self._array(given, "variance_noise")
         device = model_output.device if is_tensor(model_output) else None
-        return lambda: self._array(draw_normal(sample.shape, generator, model_output.dtype, device))
+        dtype = model_output.dtype if dtype is None else dtype
+        return lambda: self._array(draw_normal(sample.shape, generator, dtype, device))
 
     # -- between samples, noise and the model
 
