@@ -32,6 +32,7 @@ _WHERE = {  # module -> its public names
         "DDPMPipeline",
         "DDIMPipeline",
         "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
     ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -376,7 +376,7 @@ def test_the_words_that_the_text_encoder_does_not_see_are_named(both):
             "they must be equal",
         ),
         ({"prompt_embeds": embeddings(1)[0]}, r"\(77, 32\), not \(prompts, tokens, channels\)"),
-        ({"prompt": [PROMPT, "b"], "negative_prompt": ["c"]}, "got 1 negative prompts for 2 prompts"),
+        ({"prompt": [PROMPT, "b"], "negative_prompt": ["c"]}, "got 1 texts as negative_prompt for 2 prompts"),
         ({"prompt": PROMPT, "generator": [generator(), generator()]}, "got 2 generators for 1 pictures"),
         ({"prompt": [PROMPT, "b"], "generator": [generator()]}, "got 1 generators for 2 pictures"),
         ({"prompt": PROMPT, "latents": torch.zeros(2, 4, 8, 8)}, r"latents have the shape \(2, 4, 8, 8\)"),

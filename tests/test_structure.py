@@ -49,6 +49,7 @@ PUBLIC = [
     *("CheckpointError", "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
     *("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"),
     *("CLIPTokenizer", "DiffusionPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline"),
+    "StableDiffusionXLPipeline",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion and DDPM checkpoints with random weights, written by diffusers, for both to load."""
+"""Tiny random checkpoints (Stable Diffusion, SDXL, DDPM), written by diffusers, for both to load."""
 
 import json
 
@@ -13,23 +13,40 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 MERGES = ["r e", "re d</w>", "b a", "l l</w>", "ba ll</w>"]
 
 
-def write_stable_diffusion(folder, scheduler=None, **unet):
-    """A Stable Diffusion checkpoint for pictures of 16 x 16, with a vocabulary of bytes and a few words."""
-    torch.manual_seed(0)
+def tiny_tokenizer(pad="<|endoftext|>"):
+    """minidiff's tokenizer with a vocabulary of bytes and a few words, and how many tokens it has."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [symbol + "</w>" for symbol in alphabet]
     tokens += [merge.replace(" ", "") for merge in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = minidiff.CLIPTokenizer({token: i for i, token in enumerate(tokens)}, MERGES)
-    end = len(tokens) - 1
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    text_encoder = transformers.CLIPTextModel(config)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32), norm_num_groups=8, scaling_factor=0.3,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return minidiff.CLIPTokenizer(vocab, MERGES, pad_token=pad), len(tokens)
+
+
+def tiny_text_config(vocab_size, **changes):
+    """The config of a text encoder of three layers, with the end token that ends the vocabulary."""
+    end = vocab_size - 1
+    defaults = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+    }  # fmt: skip
+    return transformers.CLIPTextConfig(**defaults | changes)
+
+
+def tiny_vae(**changes):
+    """An autoencoder of two levels."""
+    defaults = {
+        "block_out_channels": (16, 32), "norm_num_groups": 8, "scaling_factor": 0.3,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    return diffusers.AutoencoderKL(**defaults | changes)
+
+
+def write_stable_diffusion(folder, scheduler=None, **unet):
+    """A Stable Diffusion checkpoint for pictures of 16 x 16."""
+    torch.manual_seed(0)
+    tokenizer, count = tiny_tokenizer()
+    text_encoder = transformers.CLIPTextModel(tiny_text_config(count))
+    vae = tiny_vae()
     defaults = {
         "sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
         "cross_attention_dim": 32, "attention_head_dim": 2,
@@ -47,6 +64,42 @@ def write_stable_diffusion(folder, scheduler=None, **unet):
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     edit_json(folder / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    return folder
+
+
+def write_stable_diffusion_xl(folder, refiner=False, zeros=True, **unet):
+    """An SDXL checkpoint for pictures of 16 x 16; refiner: without the first text encoder."""
+    torch.manual_seed(0)
+    (first, count), (second, _) = tiny_tokenizer(), tiny_tokenizer(pad="!")
+    projection = {"hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
+    encoders = {
+        "text_encoder": None if refiner else transformers.CLIPTextModel(tiny_text_config(count)),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(tiny_text_config(count, **projection)),
+    }
+    defaults = {
+        "sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
+        "cross_attention_dim": 40 if refiner else 72, "attention_head_dim": (2, 4),
+        "use_linear_projection": True, "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    unet, vae = diffusers.UNet2DConditionModel(**defaults | unet), tiny_vae(scaling_factor=0.13)
+    for model in (vae, unet, *filter(None, encoders.values())):
+        shake(model)
+    theirs = diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=unet, tokenizer=None, tokenizer_2=None, add_watermarker=False, **encoders,
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **BETAS),
+        force_zeros_for_empty_prompt=zeros,
+    )  # fmt: skip
+    theirs.save_pretrained(folder)
+    second.save_pretrained(folder / "tokenizer_2")
+    entries = {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
+    if not refiner:
+        first.save_pretrained(folder / "tokenizer")
+        entries["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    edit_json(folder / "model_index.json", **entries)
     return folder
 
 

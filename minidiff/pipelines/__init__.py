@@ -1,12 +1,13 @@
 """Pipelines: the parts of a checkpoint and the story that they tell together.
 
 Start with `stable_diffusion.py`, whose `__call__` is that story; `ddpm.py` is the same without words;
-`base.py` loads, saves and moves the parts.
+`stable_diffusion_xl.py` has two text encoders; `base.py` loads, saves and moves the parts.
 """
 
 from minidiff.pipelines.base import DiffusionPipeline, ImagePipelineOutput
 from minidiff.pipelines.ddpm import DDIMPipeline, DDPMPipeline
 from minidiff.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
+from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 
 __all__ = [
     "DDIMPipeline",
@@ -15,4 +16,5 @@ __all__ = [
     "ImagePipelineOutput",
     "StableDiffusionPipeline",
     "StableDiffusionPipelineOutput",
+    "StableDiffusionXLPipeline",
 ]

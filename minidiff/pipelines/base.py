@@ -39,6 +39,7 @@ class DiffusionPipeline:
     """
 
     part_classes: ClassVar[dict] = {}  # part -> the names that its class may have; (): any scheduler
+    optional_parts: ClassVar[tuple] = ()  # parts that a checkpoint may go without
     options: ClassVar[tuple] = ()  # constructor arguments that stand in the index as plain values
     _progress_bar_config: ClassVar[dict] = {}
 
@@ -72,6 +73,8 @@ class DiffusionPipeline:
         pipeline_class._check_given(parts)
         made = {key: index[key] for key in pipeline_class.options if key in index} | parts
         for name in pipeline_class.part_classes:
+            if name in pipeline_class.optional_parts and _named_class(index, name) is None:
+                made.setdefault(name)
             if name not in made:
                 part_class = pipeline_class._part_class(name, index, name_or_path)
                 options = source | weights if issubclass(part_class, torch.nn.Module) else source
@@ -120,7 +123,7 @@ class DiffusionPipeline:
         """Writes every part, then the index, in a layout that diffusers loads too."""
         index = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
         for name, part in self.components.items():
-            library = "transformers" if name in FROM_TRANSFORMERS else "diffusers"
+            library = "transformers" if name.removesuffix("_2") in FROM_TRANSFORMERS else "diffusers"
             index[name] = [None, None] if part is None else [library, type(part).__name__]
             if part is not None:
                 part.save_pretrained(Path(save_directory, name))
@@ -172,6 +175,13 @@ class DiffusionPipeline:
             f"{name}={type(part).__name__}" for name, part in self.components.items() if part is not None
         )
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def refuse_parts(pipeline, **parts):
+    """Raises ValueError for a part that is given although this pipeline has no use for it."""
+    for name, part in parts.items():
+        if part is not None:
+            raise ValueError(f"{type(pipeline).__name__} has no use for a {name}; pass {name}=None")
 
 
 def _named_class(index, part):

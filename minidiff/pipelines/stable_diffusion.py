@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from minidiff.boundary import draw_normal, like, to_images, to_numpy
 from minidiff.config import Config
 from minidiff.models.layers import timestep_embedding
-from minidiff.pipelines.base import NOT_USED, DiffusionPipeline, ImagePipelineOutput
+from minidiff.pipelines.base import DiffusionPipeline, ImagePipelineOutput, refuse_parts
 from minidiff.sampling import guide, sample
 
 MOST_PICTURES = (
@@ -59,9 +59,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         image_encoder=None, requires_safety_checker: bool = False,
     ):  # fmt: skip
-        for name, part in zip(NOT_USED, (safety_checker, feature_extractor, image_encoder), strict=True):
-            if part is not None:
-                raise ValueError(f"StableDiffusionPipeline has no use for a {name}; pass {name}=None")
+        refuse_parts(self, safety_checker=safety_checker, feature_extractor=feature_extractor,
+                     image_encoder=image_encoder)  # fmt: skip
         for key, value in (("steps_offset", 1), ("clip_sample", False)):
             if scheduler.config.get(key, value) != value:
                 # not through from_config: the key still counts as left at its default, as it does in
@@ -140,7 +139,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds = self._encode(prompts, None, device, clip_skip)  # (prompts, 77, D)
         if not do_classifier_free_guidance:
-            return _repeat(prompt_embeds, num_images_per_prompt, device, weight.dtype), None
+            return repeat(prompt_embeds, num_images_per_prompt, device, weight.dtype), None
         if negative_prompt_embeds is None:
             negatives = match_prompts(negative_prompt, prompt, len(prompt_embeds))
             negative_prompt_embeds = self._encode(
@@ -152,27 +151,36 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 f"{tuple(negative_prompt_embeds.shape)}; they must be equal"
             )
         both = prompt_embeds, negative_prompt_embeds
-        return tuple(_repeat(embeds, num_images_per_prompt, device, weight.dtype) for embeds in both)
+        return tuple(repeat(embeds, num_images_per_prompt, device, weight.dtype) for embeds in both)
 
     def _encode(self, prompts, length, device, clip_skip=None):
         """Texts as vectors (prompts, length, D); length is the tokenizer's own, 77, if None."""
-        if self.text_encoder is None or self.tokenizer is None:
+        output = self._run_text_encoder(self.tokenizer, self.text_encoder, prompts, length, device)
+        if clip_skip is None:
+            return output.last_hidden_state  # (prompts, length, D)
+        return self.text_encoder.text_model.final_layer_norm(self._layer(output.hidden_states, clip_skip))
+
+    def _run_text_encoder(self, tokenizer, text_encoder, prompts, length, device):
+        """The text encoder's output, all of its layers included, for texts padded to length tokens."""
+        if text_encoder is None or tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder or no tokenizer; pass all texts as embeddings"
             )
-        length = length or self.tokenizer.model_max_length
-        ids = self.tokenizer(
+        length = length or tokenizer.model_max_length
+        ids = tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        output = self.text_encoder(ids.input_ids.to(device), output_hidden_states=True)
-        if clip_skip is None:
-            return output.last_hidden_state  # (prompts, length, D)
-        layers = len(output.hidden_states) - 1
-        if clip_skip not in range(layers + 1):
+        return text_encoder(ids.input_ids.to(device), output_hidden_states=True)
+
+    def _layer(self, hidden_states, clip_skip, before=0):
+        """A text encoder's vectors (prompts, length, D), clip_skip layers before the last but `before`."""
+        most = len(hidden_states) - 1 - before
+        if clip_skip not in range(most + 1):
             raise ValueError(
-                f"clip_skip is {clip_skip!r}; this text encoder has {layers} layers, so take 0 to {layers}"
+                f"clip_skip is {clip_skip!r}; this text encoder has {len(hidden_states) - 1} layers, so take "
+                f"0 to {most}"
             )
-        return self.text_encoder.text_model.final_layer_norm(output.hidden_states[layers - clip_skip])
+        return hidden_states[most - clip_skip]
 
     def prepare_latents(self, shape, generator=None, latents=None) -> np.ndarray:
         """Where sampling starts: latents or new noise, times the scheduler's first level; float32 (B, C, h,
@@ -329,19 +337,19 @@ def count_prompts(prompt, prompt_embeds, negative_prompt=None, negative_prompt_e
     return len(prompt)
 
 
-def match_prompts(negative_prompt, prompt, count) -> list[str]:
-    """count negative prompts; TypeError or ValueError if they do not go with the prompts."""
-    if negative_prompt is None:
+def match_prompts(other, prompt, count, name="negative_prompt") -> list[str]:
+    """count texts of the argument called name; TypeError or ValueError if they do not go with the prompts."""
+    if other is None:
         return [""] * count
-    if prompt is not None and type(negative_prompt) is not type(prompt):
+    if prompt is not None and type(other) is not type(prompt):
         raise TypeError(
-            f"negative_prompt is a {type(negative_prompt).__name__} and prompt a {type(prompt).__name__}; "
+            f"{name} is a {type(other).__name__} and prompt a {type(prompt).__name__}; "
             "make both a string, or both a list"
         )
-    negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
-    if len(negatives) != count:
-        raise ValueError(f"got {len(negatives)} negative prompts for {count} prompts; pass one for each")
-    return negatives
+    texts = [other] * count if isinstance(other, str) else other
+    if len(texts) != count:
+        raise ValueError(f"got {len(texts)} texts as {name} for {count} prompts; pass one for each")
+    return texts
 
 
 def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None):
@@ -365,6 +373,6 @@ def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None
         scheduler.set_timesteps(num_inference_steps)
 
 
-def _repeat(embeds, times, device, dtype):
+def repeat(embeds, times, device, dtype):
     """(prompts, T, D) -> (prompts * times, T, D), the copies of one text adjacent."""
     return torch.as_tensor(embeds).to(device, dtype).repeat_interleave(times, dim=0)
