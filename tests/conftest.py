@@ -13,6 +13,7 @@ connect = socket.socket.connect
 worst = defaultdict(
     lambda: [0, 0.0, 0.0]
 )  # (file, dtype, rtol, atol): comparisons, worst difference, its share
+relative = defaultdict(list)  # file: (relative difference, tolerance, what was allowed) of each comparison
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--worst"):  # before the tests import it by name
         parity.assert_close = recording(parity.assert_close)
+        parity.record = lambda *numbers: relative[test_file()].append(numbers)
+
+
+def test_file():
+    return os.environ["PYTEST_CURRENT_TEST"].split("::")[0]
 
 
 def recording(assert_close):
@@ -47,7 +53,7 @@ def recording(assert_close):
         a, b = parity._float64(ours), parity._float64(theirs)
         finite = np.isfinite(a) & np.isfinite(b)
         difference, allowed = np.abs(a[finite] - b[finite]), atol + rtol * np.abs(b[finite])
-        file = os.environ["PYTEST_CURRENT_TEST"].split("::")[0]
+        file = test_file()
         dtype = str(getattr(ours, "dtype", type(ours).__name__)).removeprefix("torch.")
         row = worst[file, dtype, rtol, atol]
         row[0] += 1
@@ -64,4 +70,16 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"{file:40} {dtype:8} rtol {rtol:<6g} atol {atol:<6g} {count:5} comparisons, "
             f"worst difference {difference:.1e} ({100 * share:.1f} % of the tolerance)"
+        )
+    for file, rows in sorted(relative.items()):
+        well = sorted(difference for difference, tolerance, allowed in rows if difference <= tolerance)
+        ill = sorted(
+            (difference / allowed, difference)
+            for difference, tolerance, allowed in rows
+            if difference > tolerance
+        )
+        terminalreporter.write_line(
+            f"{file:40} {len(well)} comparisons within {rows[0][1]:g}: median {np.median(well):.1e}, worst "
+            f"{well[-1]:.1e}; {len(ill)} ill-conditioned ones"
+            + (f", worst {ill[-1][1]:.1e} ({100 * ill[-1][0]:.0f} % of what is allowed)" if ill else "")
         )

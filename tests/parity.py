@@ -57,3 +57,7 @@ def both(name, steps=None, **config):
     for scheduler in pair if steps is not None else ():
         scheduler.set_timesteps(steps)
     return pair
+
+
+def record(difference, tolerance, allowed):
+    """Notes a relative difference for `pytest --worst`; allowed > tolerance: ill-conditioned."""
