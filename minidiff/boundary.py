@@ -33,11 +33,15 @@ def to_numpy(x) -> np.ndarray:
     return x.cpu().numpy()
 
 
-def like(array: np.ndarray, reference):
-    """array with the kind (NumPy or torch), dtype and device of reference; values are rounded once."""
+def like(array: np.ndarray, reference, keep_dtype=False):
+    """array with the kind (NumPy or torch), device and dtype of reference; values are rounded once.
+
+    keep_dtype: it keeps its own dtype.
+    """
+    dtype = None if keep_dtype else reference.dtype
     if not is_tensor(reference):
-        return array.astype(reference.dtype, copy=False)
-    return sys.modules["torch"].from_numpy(array).to(device=reference.device, dtype=reference.dtype)
+        return array if keep_dtype else array.astype(dtype, copy=False)
+    return sys.modules["torch"].from_numpy(array).to(device=reference.device, dtype=dtype)
 
 
 def draw_normal(shape, generator=None, dtype=np.float32, device=None) -> np.ndarray:

@@ -52,7 +52,8 @@ def make_betas(schedule: str, beta_start: float, beta_end: float, n: int) -> np.
     if schedule == "sigmoid":  # GeoDiff, arXiv:2203.02923
         rise = np.exp(-linspace(-6, 6, n).astype(np.float64)).astype(np.float32)
         return 1 / (1 + rise) * (beta_end - beta_start) + beta_start
-    alpha_bar = {"squaredcos_cap_v2": _alpha_bar_cosine, "laplace": _alpha_bar_laplace}[schedule]
+    alpha_bars = {"squaredcos_cap_v2": _alpha_bar_cosine, "laplace": _alpha_bar_laplace, "exp": _alpha_bar_exp}
+    alpha_bar = alpha_bars[schedule]
     kept = [alpha_bar(i / n) for i in range(n + 1)]
     return np.array([min(1 - kept[i + 1] / kept[i], 0.999) for i in range(n)], np.float32)
 
@@ -66,6 +67,11 @@ def _alpha_bar_laplace(t):
     """Hang et al. 2024 (arXiv:2407.03297): log SNR with a Laplace distribution of scale 0.5; t in [0, 1]."""
     snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6))
     return math.sqrt(snr / (1 + snr))
+
+
+def _alpha_bar_exp(t):
+    """An exponential decay, to e^-12 at t = 1."""
+    return math.exp(-12 * t)
 
 
 def cumulative_product(alphas: np.ndarray) -> np.ndarray:
@@ -83,17 +89,21 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def space_timesteps(
-    spacing: str, n_train: int, n: int, steps_offset: int, skip_last=False, end=None
+    spacing: str, n_train: int, n: int, steps_offset: int, skip_last=False, end=None, whole=True
 ) -> np.ndarray:
     """n of the timesteps 0 … n_train - 1, falling, int64, in one of three ways (Lin et al. 2023, table 2).
 
     skip_last: linspace and leading lay out n + 1 and leave out the last one, t = 0 (multistep solvers do).
     end: they stay below it (n_train if None); trailing then gives fewer, because its step stays n_train / n.
+    whole: whether those of linspace are rounded; if not, they are float64.
     Where n_train / n is rounded down, as 1000 / 61 is, trailing gives one more, -1, as it does in diffusers.
     """
     points, end = n + skip_last, n_train if end is None else end
     if spacing == "linspace":
-        timesteps = np.linspace(0, end - 1, points).round()[::-1]
+        timesteps = np.linspace(0, end - 1, points)[::-1]
+        if not whole:
+            return timesteps[:n]
+        timesteps = timesteps.round()
     elif spacing == "leading":
         timesteps = np.arange(points)[::-1] * (end // points) + steps_offset
     elif spacing == "trailing":
@@ -111,7 +121,8 @@ def predicted_x0(model_output, sample, alpha, sigma, prediction_type: str) -> np
     if prediction_type == "epsilon":
         x0 = sigma * model_output
         np.subtract(sample, x0, out=x0)  # in place: a third of the time goes into new arrays
-        x0 /= alpha
+        if alpha != 1:
+            x0 /= alpha
         return x0
     if prediction_type == "sample":
         return model_output
@@ -204,6 +215,7 @@ class Scheduler(Configured):
     final_alpha_cumprod = np.float32(1)  # a_t where a step goes below timestep 0
     beta_schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
     needs_timesteps = True  # whether step works only after set_timesteps
+    wide_x0 = False  # whether the x0 that step returns stays float32 for samples of fewer bits
 
     def __len__(self):
         return self.config.num_train_timesteps
@@ -335,7 +347,7 @@ class Scheduler(Configured):
             prev_sample, x0 = update(output, self._position(timestep), x, *options)
         result = StepOutput(prev_sample=like(prev_sample, sample))
         if x0 is not None:
-            result[self.second_result] = like(x0, sample)
+            result[self.second_result] = like(x0, sample, keep_dtype=self.wide_x0)
         return result if return_dict else result.to_tuple()
 
     def _position(self, timestep):

@@ -82,8 +82,9 @@ def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
 def sigma_to_t(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
     """The fractional timesteps with these sigmas, float64, looked up in log_sigmas, the table over all t."""
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
-    at_least = log_sigma[None] - log_sigmas[:, None] >= 0  # (N, n)
-    low = np.cumsum(at_least, axis=0).argmax(axis=0).clip(max=len(log_sigmas) - 2)  # the last one not above
+    least = np.minimum.accumulate(log_sigmas[::-1])[::-1]  # from each on; a table of odd betas may fall
+    low = np.searchsorted(least, log_sigma, side="right") - 1  # the last one not above
+    low = low.clip(0, len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     share = np.clip((below - log_sigma) / (below - above), 0, 1)
     return (1 - share) * low + share * (low + 1)
