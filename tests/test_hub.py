@@ -26,10 +26,14 @@ UNET = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """me/tiny is there, me/gated lets nobody in, me/broken sends half of each large file, me/down is down."""
+    """me/tiny is there, me/gated lets nobody in, me/private those who have the token, me/down is down.
+
+    me/broken sends half of each large file, me/flaky so only the first time; both go on where a request asks
+    them to.
+    """
 
     def log_message(self, *args):
-        self.server.asked.append(f"{self.command} {self.path}")
+        self.server.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".rstrip())
 
     def answer(self, status, body=b"", sent=None, **headers):
         self.send_response(status)
@@ -51,15 +55,21 @@ class Hub(BaseHTTPRequestHandler):
         body = self.server.files.get(name)
         if body is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        sent = len(body) // 2 if repository == "me/broken" and len(body) > 10_000 else None
-        return self.answer(200, body, sent, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        start = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        breaks = repository == "me/broken" or (repository == "me/flaky" and not start)
+        sent = len(body) // 2 if breaks and len(body) > 10_000 else None
+        return self.answer(206 if start else 200, body[start:], sent, **headers)
 
     do_HEAD = do_GET
 
     def answer_about(self, repository, what):
         if repository == "me/down":
             return self.answer(503)
-        if repository not in ("me/tiny", "me/gated", "me/broken"):
+        private = repository == "me/private" and self.headers.get("Authorization") == "Bearer hf_secret"
+        if not private and repository not in ("me/tiny", "me/gated", "me/broken", "me/flaky"):
             return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         if what[:1] == ["revision"] and what[1] not in ("main", COMMIT):
             return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="no such revision")
@@ -116,7 +126,11 @@ def server(files, tmp_path, monkeypatch):
 def fetched(server):
     """The files whose content was asked for."""
     return sorted(
-        {a.partition(f"{COMMIT}/")[2] for a in server.asked if a.startswith("GET") and "/resolve/" in a}
+        {
+            a.partition(f"{COMMIT}/")[2].partition(" ")[0]
+            for a in server.asked
+            if a.startswith("GET") and "/resolve/" in a
+        }
     )
 
 
@@ -247,6 +261,23 @@ def test_a_connection_that_breaks_leaves_no_half_file(server, tmp_path):
     with pytest.raises(CheckpointError, match="can't be reached"):
         minidiff.UNet2DModel.from_pretrained("me/broken", "unet")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_broken_connection_goes_on_where_it_broke(server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is kept of a broken connection
+    model = minidiff.UNet2DModel.from_pretrained("me/flaky", "unet")
+    assert any(a.endswith("diffusion_pytorch_model.safetensors bytes=300000-") for a in server.asked)
+    whole = minidiff.UNet2DModel.from_pretrained("me/tiny", "unet").state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_private_repository_opens_with_its_token_alone(server, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(CheckpointError, match=r"no such repository, or it is private: .* pass token="):
+        minidiff.UNet2DModel.from_pretrained("me/private", "unet", token="hf_wrong")
+    model = minidiff.UNet2DModel.from_pretrained("me/private", "unet", token="hf_secret")
+    assert model.config.sample_size == 8
 
 
 # --- names of folders and of what ships ---
