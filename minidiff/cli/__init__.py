@@ -15,6 +15,7 @@ import minidiff
 COMMANDS = {  # name -> what it does; the module is minidiff.cli.NAME
     "generate": "draw pictures of a text",
     "sample": "draw pictures without a text",
+    "compare": "draw a contact sheet: a prompt by many samplers, in different numbers of steps",
     "info": "show what a checkpoint holds",
     "train": "train the checkpoints that ship with minidiff",
     "score": "measure how well pictures follow their texts",

@@ -26,17 +26,23 @@ PIPELINES = {
 def scheduler_names() -> dict[str, str]:
     """The schedulers that these commands draw with, by short names: {"unipc": "UniPCMultistepScheduler", ...}
 
-    Those are all that `misfit` has nothing against.
+    Those are all that are no `misfits`.
     """
-    return {short: name for short, name in _all_schedulers().items() if not misfit(name)}
+    return {short: name for short, name in _all_schedulers().items() if not _misfit(name)}
 
 
-def misfit(name: str) -> str:
-    """What keeps a scheduler, a class's name, from drawing with Stable Diffusion and DDPM; "" if nothing.
+def misfits() -> dict[str, str]:
+    """The short names of all other schedulers, and what keeps each from drawing with these commands.
 
-    Such a model was trained on a schedule of betas, whose timesteps tell it how noisy its input is, and its
-    sampling goes from noise to data. diffusers' pipelines do not ask: they draw garbage then, or fail.
+    Stable Diffusion and DDPM were trained on a schedule of betas, whose timesteps tell the model how noisy
+    its input is, and draw by going from noise to data. diffusers' pipelines do not ask: with other schedulers
+    they draw garbage, or fail.
     """
+    reasons = {short: _misfit(name) for short, name in _all_schedulers().items()}
+    return {short: why for short, why in reasons.items() if why}
+
+
+def _misfit(name):
     scheduler_class = getattr(minidiff, name)
     if "beta_schedule" not in inspect.signature(scheduler_class).parameters:
         return "is for another kind of model: its timesteps are not those of a schedule of betas"
@@ -47,9 +53,8 @@ def misfit(name: str) -> str:
 
 def scheduler_name(text: str) -> str:
     """A parser for argparse that says why a scheduler is no choice; unknown names are left to the choices."""
-    why = misfit(_all_schedulers()[text]) if text in _all_schedulers() else ""
-    if why:
-        raise argparse.ArgumentTypeError(f"{text} {why}")
+    if text in misfits():
+        raise argparse.ArgumentTypeError(f"{text} {misfits()[text]}")
     return text
 
 
