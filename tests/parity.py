@@ -59,5 +59,23 @@ def both(name, steps=None, **config):
     return pair
 
 
+def relative(ours, theirs):
+    """The largest difference over the largest of theirs that is finite; infinite where only one is finite."""
+    ours, theirs = _float64(ours), _float64(theirs)
+    assert ours.shape == theirs.shape, f"shape {ours.shape} instead of {theirs.shape}"
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))  # infinities too
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.nan_to_num(np.abs(ours - theirs), nan=np.inf))
+    scale = np.abs(theirs[np.isfinite(theirs)]).max(initial=0)
+    return float(difference.max(initial=0) / max(scale, 1e-30))
+
+
+def assert_relative(ours, theirs, tolerance, what=""):
+    """Asserts that no element differs by more than tolerance times the largest element of theirs."""
+    difference = relative(ours, theirs)
+    assert difference <= tolerance, f"{difference:.2e} of the largest value, not {tolerance:g}. {what}"
+    record(difference, tolerance, tolerance)
+
+
 def record(difference, tolerance, allowed):
     """Notes a relative difference for `pytest --worst`; allowed > tolerance: ill-conditioned."""

@@ -11,6 +11,7 @@ import warnings
 import diffusers
 import numpy as np
 import torch
+from parity import relative
 from scheduler_lists import DRAWING, TWO_CALLS, parameters, predictions
 from torch.overrides import TorchFunctionMode
 
@@ -365,12 +366,3 @@ class Case:
                 again = self.run_diffusers([sample for sample, _ in theirs[: k + 1]])
             moved.append(relative(again[k][1], theirs[k][1]))
         return max(moved)
-
-
-def relative(ours, expected):
-    """The largest difference over the largest expected value; infinite where only one is finite."""
-    ours, expected = ours.double(), expected.double()
-    same = (ours == expected) | (ours.isnan() & expected.isnan())
-    difference = torch.where(same, 0.0, (ours - expected).abs()).nan_to_num(nan=np.inf)
-    scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 1.0
-    return float(difference.max() / max(float(scale), 1e-30))

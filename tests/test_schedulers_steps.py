@@ -7,8 +7,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from parity import record
-from scheduler_cases import CHOICES, OWN, SPREADS, STEP, Case, relative
+from parity import record, relative
+from scheduler_cases import CHOICES, OWN, SPREADS, STEP, Case
 from scheduler_lists import NAMES, parameters
 
 import minidiff

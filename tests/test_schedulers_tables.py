@@ -1,28 +1,60 @@
 """Level 1: tables, timesteps and sigmas of the schedulers against diffusers."""
 
+import diffusers
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr as rescale_in_diffusers
 from parity import assert_close, both
+from scheduler_lists import BETAS, EXPLODING, NAMES, SPACED, parameters, with_option
 
+import minidiff
 from minidiff.schedulers.schedule import linspace, rescale_zero_terminal_snr
 from minidiff.schedulers.sigmas import symmetric_beta_quantile
 
-NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler")
 SPACINGS = ("linspace", "leading", "trailing")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TABLE = 1e-6  # torch's float32 square root is off by one bit in 0.7 % of the cases: 1.2e-7
 STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 61, 77, 100, 103, 250, 333, 500, 600, 999, 1000)
+FEW_STEPS = tuple(n for n in STEPS if n <= 100)
+# diffusers lays out the timesteps of these one by one, all 1000 already in the constructor: 0.1 s
+SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+
+
+def assert_same_schedule(ours, theirs, rtol=TABLE):
+    """Timesteps equal (where they are fractions: to float32's precision), sigmas within rtol."""
+    if theirs.timesteps is None:
+        assert ours.timesteps is None
+    elif ours.num_inference_steps is None:  # before set_timesteps; diffusers' are whole floats at times
+        assert_close(ours.timesteps, theirs.timesteps, rtol=TABLE)
+    elif not theirs.timesteps.is_floating_point():
+        assert ours.timesteps.dtype == np.int64
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    else:
+        assert ours.timesteps.dtype == np.float32
+        if (theirs.timesteps == theirs.timesteps.round()).all():
+            assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        # in units of one timestep; a last bit of log sigma, between whose neighbours they are
+        assert_close(ours.timesteps, theirs.timesteps, rtol=TABLE, atol=2e-5)
+    if hasattr(theirs, "sigmas"):
+        assert ours.sigmas.dtype == np.float32
+        assert_close(ours.sigmas, theirs.sigmas, rtol=rtol)
+    if hasattr(theirs, "init_noise_sigma"):  # flow matching: 1
+        assert_close(ours.init_noise_sigma, theirs.init_noise_sigma, rtol=rtol)
+    if hasattr(theirs, "num_inference_steps"):
+        assert ours.num_inference_steps == theirs.num_inference_steps
+
+
+def is_spacing_of(name, spacing):
+    return spacing != "linspace" or name != "DDIMInverseScheduler"
 
 
 @pytest.mark.parametrize("start, end", [(1e-4, 0.02), (0.00085**0.5, 0.012**0.5), (-6, 6), (0.3, 0.3)])
 def test_linspace_equals_torch_to_the_last_bit(start, end):
     for n in (1, 2, 3, 7, 100, 999, 1000, 1001):
-        assert (
-            linspace(start, end, n) == torch.linspace(start, end, n, dtype=torch.float32).numpy()
-        ).all(), n
+        expected = torch.linspace(start, end, n, dtype=torch.float32).numpy()
+        assert (linspace(start, end, n) == expected).all(), n
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES, "laplace", "sigmoid"])
@@ -48,23 +80,29 @@ def test_tables_equal_diffusers(schedule, zero_snr, n, start, end):
     assert len(ours) == len(theirs) == n
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_scheduler_has_the_tables_of_diffusers(name, schedule):
-    ours, theirs = both(name, beta_schedule=schedule, beta_start=0.002, beta_end=0.015)
+    n = 100 if name in SLOW else 1000
+    ours, theirs = both(name, beta_schedule=schedule, beta_start=0.002, beta_end=0.015, num_train_timesteps=n)
     for table in ("betas", "alphas", "alphas_cumprod"):
         assert (getattr(ours, table) == getattr(theirs, table).numpy()).all()
-    assert ours.init_noise_sigma == theirs.init_noise_sigma and ours.order == theirs.order
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_scheduler_has_the_schedule_of_the_training(name):
+    ours, theirs = both(name)
+    assert_same_schedule(ours, theirs)
+    assert ours.order == theirs.order and len(ours) == len(theirs) == 1000
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BETAS)
 def test_trained_betas_may_be_a_list_an_array_or_a_tensor(name, kind):
     betas = [0.1, 0.2, 0.3]
     ours, theirs = both(name, trained_betas=betas, num_train_timesteps=3)
     assert (ours.alphas_cumprod == theirs.alphas_cumprod.numpy()).all()
-    again, _ = both(name, trained_betas=betas, num_train_timesteps=3)
-    assert (type(ours)(trained_betas=kind(betas), num_train_timesteps=3).betas == again.betas).all()
+    assert (type(ours)(trained_betas=kind(betas), num_train_timesteps=3).betas == ours.betas).all()
 
 
 def test_zero_terminal_snr_ends_at_zero():
@@ -74,35 +112,53 @@ def test_zero_terminal_snr_ends_at_zero():
     assert_close(ours, rescale_in_diffusers(torch.from_numpy(betas)), rtol=TABLE, atol=TABLE)
 
 
-@pytest.mark.parametrize(
-    "name, last", [("DDPMScheduler", 0), ("DDIMScheduler", 0), ("UniPCMultistepScheduler", 2**-24)]
-)
-def test_only_sigma_schedulers_lift_the_last_entry_of_a_zero_snr_table(name, last):
+@pytest.mark.parametrize("name", with_option("rescale_betas_zero_snr"))
+def test_only_sigma_schedulers_lift_the_last_entry_of_a_zero_snr_table(name):
     ours, theirs = both(name, rescale_betas_zero_snr=True)
-    assert ours.alphas_cumprod[-1] == theirs.alphas_cumprod[-1] == last
+    assert ours.alphas_cumprod[-1] == theirs.alphas_cumprod[-1]
+    assert ours.alphas_cumprod[-1] == (2**-24 if hasattr(theirs, "sigmas") else 0)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    assert_same_schedule(ours, theirs, rtol=1e-4)  # 1 - a_t of a rounded a_t
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SPACED)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_timesteps_equal_diffusers_for_any_number_of_steps(name, spacing, offset):
-    ours, theirs = both(name, timestep_spacing=spacing, steps_offset=offset)
-    for n in STEPS:
-        if name == "PNDMScheduler" and n < 4:
-            continue  # too few for Runge-Kutta, in both
+def test_the_schedule_equals_diffusers_for_any_number_of_steps(name, spacing, offset):
+    if not is_spacing_of(name, spacing):
+        return
+    n_train = 100 if name in SLOW else 1000
+    ours, theirs = both(
+        name, timestep_spacing=spacing, steps_offset=offset, num_train_timesteps=n_train, beta_end=0.02
+    )
+    for n in FEW_STEPS if name in SLOW else STEPS:
+        if n < 4 and name == "PNDMScheduler":
+            continue  # too few for Runge-Kutta: refused by both
+        if n > 50 and name in ("LCMScheduler", "TCDScheduler"):
+            continue  # more than were distilled: refused by both
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
-        assert ours.timesteps.dtype == np.int64
-        assert ours.timesteps.tolist() == theirs.timesteps.tolist(), n
-        assert ours.num_inference_steps == theirs.num_inference_steps
+        assert_same_schedule(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SPACED])
+def test_the_schedule_without_spacings_equals_diffusers_for_any_number_of_steps(name):
+    ours, theirs = both(name)
+    for n in STEPS:
+        ours.set_timesteps(n)
+        theirs.set_timesteps(n)
+        assert_same_schedule(ours, theirs)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("n_train", [10, 37, 1000, 1234])
-def test_timesteps_equal_diffusers_for_other_training_lengths(spacing, n_train):
-    for name in NAMES:
-        ours, theirs = both(name, n_train // 2, timestep_spacing=spacing, num_train_timesteps=n_train)
-        assert ours.timesteps.tolist() == theirs.timesteps.tolist(), name
+@pytest.mark.parametrize("n_train", [10, 37, 100, 1234])
+def test_the_schedule_equals_diffusers_for_other_training_lengths(spacing, n_train):
+    for name in SPACED:
+        if is_spacing_of(name, spacing) and not (name in SLOW and n_train > 100):
+            originals = {"original_inference_steps": n_train // 2} if name[:3] in ("LCM", "TCD") else {}
+            config = {"timestep_spacing": spacing, "num_train_timesteps": n_train, **originals}
+            assert_same_schedule(*both(name, n_train // 2, **config))
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -124,69 +180,177 @@ def test_stable_diffusions_second_timestep_is_doubled():
 
 
 @pytest.mark.parametrize("given", [[999, 500, 3], np.array([400, 0]), torch.tensor([7, 6, 5]), [12.0, 3.0]])
-def test_ddpm_takes_timesteps_of_your_own(given):
-    ours, theirs = both("DDPMScheduler")
+@pytest.mark.parametrize("name", [n for n in with_option("timesteps", "set_timesteps") if n in BETAS])
+def test_timesteps_of_your_own_may_come_in_any_form(name, given):
+    ours, theirs = both(name)
     ours.set_timesteps(timesteps=given)
     theirs.set_timesteps(timesteps=[int(t) for t in given])
-    assert ours.timesteps.tolist() == theirs.timesteps.tolist() and ours.timesteps.dtype == np.int64
-    assert ours.custom_timesteps and theirs.custom_timesteps
-    for t in theirs.timesteps:
-        assert ours.previous_timestep(t) == int(theirs.previous_timestep(t))
+    assert_same_schedule(ours, theirs)
+    if hasattr(theirs, "custom_timesteps"):
+        assert ours.custom_timesteps and theirs.custom_timesteps
+        for t in theirs.timesteps:
+            assert ours.previous_timestep(t) == int(theirs.previous_timestep(t))
 
 
-SIGMAS = [
-    {},
-    {"final_sigmas_type": "sigma_min"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-    {"beta_schedule": "squaredcos_cap_v2"},
-    {"use_karras_sigmas": True},
-    {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "beta_schedule": "squaredcos_cap_v2"},
-    {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 20.0},
-    {"use_exponential_sigmas": True},
-    {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min", "sigma_min": 0.05},
-    {"use_beta_sigmas": True},
-    {"use_beta_sigmas": True, "final_sigmas_type": "sigma_min", "sigma_max": 12.0},
-    {"use_flow_sigmas": True},
-    {"use_flow_sigmas": True, "flow_shift": 3.0, "final_sigmas_type": "sigma_min"},
-    {"use_flow_sigmas": True, "shift_terminal": 0.1},
-    {"use_flow_sigmas": True, "use_karras_sigmas": True},
-    {"use_flow_sigmas": True, "use_dynamic_shifting": True, "mu": 0.8},
-    {"use_flow_sigmas": True, "use_dynamic_shifting": True, "time_shift_type": "linear", "mu": 1.7},
+SPREADS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+@pytest.mark.parametrize("more", ["", "cosine", "to sigma_min", "bounds"])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("name", with_option("use_beta_sigmas"))
+def test_spread_sigmas_and_their_timesteps_equal_diffusers(name, spread, more):
+    takes = parameters(name)
+    config = {spread: True}
+    if name in SLOW:
+        config["num_train_timesteps"] = 100
+    if more == "cosine" and "beta_schedule" in takes:
+        config["beta_schedule"] = "squaredcos_cap_v2"
+    if more == "to sigma_min" and "final_sigmas_type" in takes:
+        config["final_sigmas_type"] = "sigma_min"
+    if more == "bounds":  # a foreign key in most classes, which from_config carries along and diffusers obeys
+        config |= {"sigma_min": 0.1, "sigma_max": 0.9 if name.startswith("FlowMatch") else 12.0}
+    if more == "" or len(config) > 1:
+        for n in (1, 2, 5, 10, 25, 50):
+            ours = getattr(minidiff, name).from_config(config)
+            theirs = getattr(diffusers, name).from_config(config)
+            ours.set_timesteps(n)
+            theirs.set_timesteps(n)
+            assert_same_schedule(ours, theirs)
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SINGLE = {"lower_order_final": True}
+SCHEDULES_OF_THEIR_OWN = [
+    ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, {}),
+    ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 3.0, "final_sigmas_type": "sigma_min"}, {}),
+    ("UniPCMultistepScheduler", {**FLOW, "shift_terminal": 0.1}, {}),
+    ("UniPCMultistepScheduler", {**FLOW, "use_karras_sigmas": True}, {}),
+    ("UniPCMultistepScheduler", {**FLOW, "use_dynamic_shifting": True}, {"mu": 0.8}),
+    (
+        "UniPCMultistepScheduler",
+        {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"mu": 1.7},
+    ),
+    ("UniPCMultistepScheduler", FLOW, {"sigmas": [1.0, 0.7, 0.4, 0.2]}),
+    ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 2.0}, {"sigmas": [1.0, 0.7, 0.4, 0.2]}),
+    (
+        "UniPCMultistepScheduler",
+        {**FLOW, "use_dynamic_shifting": True},
+        {"sigmas": [0.9, 0.4, 0.2], "mu": 0.5},
+    ),
+    ("UniPCMultistepScheduler", {**FLOW, "shift_terminal": 0.2}, {"sigmas": [1.0, 0.7, 0.4, 0.2]}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1, "beta_schedule": "squaredcos_cap_v2"}, {}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -2.0, "timestep_spacing": "leading"}, {}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}, {}),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, {}),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True, "beta_schedule": "squaredcos_cap_v2"}, {}),
+    ("DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 3.0}, {}),
+    ("DPMSolverMultistepScheduler", {**FLOW, "use_dynamic_shifting": True}, {"mu": 0.8}),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, "lambda_min_clipped": -2.0}, {}),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, **FLOW, "flow_shift": 3.0}, {}),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, **FLOW, "use_dynamic_shifting": True}, {"mu": 0.8}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {}),
+    ("DEISMultistepScheduler", {**FLOW, "flow_shift": 3.0}, {}),
+    ("DEISMultistepScheduler", {**FLOW, "use_dynamic_shifting": True}, {"mu": 0.8}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {}),
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, {}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, {}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, {}),
+    (
+        "EulerDiscreteScheduler",
+        {
+            "timestep_type": "continuous",
+            "prediction_type": "v_prediction",
+            "use_karras_sigmas": True,
+            "sigma_min": 0.002,
+            "sigma_max": 700.0,
+        },
+        {},
+    ),
+    ("EulerDiscreteScheduler", {}, {"sigmas": [14.0, 7.0, 1.0, 0.1, 0.0]}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"sigmas": np.array([11.0, 2.0, 0.1, 0.0])}),
+    ("HeunDiscreteScheduler", {}, {"num_train_timesteps": 500}),
+    ("KDPM2DiscreteScheduler", {}, {"num_train_timesteps": 500}),
+    ("KDPM2AncestralDiscreteScheduler", {}, {"num_train_timesteps": 500}),
+    ("LCMScheduler", {}, {"original_inference_steps": 100}),
+    ("LCMScheduler", {}, {"strength": 0.5}),
+    ("LCMScheduler", {}, {"timesteps": [999, 759, 499, 259], "strength": 0.6}),
+    ("TCDScheduler", {}, {"original_inference_steps": 100}),
+    ("TCDScheduler", {}, {"strength": 0.5}),
+    ("TCDScheduler", {}, {"original_inference_steps": 60, "strength": 0.7}),
+    ("TCDScheduler", {}, {"timesteps": [999, 759, 499, 259], "strength": 0.6}),
+    ("EDMEulerScheduler", {"final_sigmas_type": "sigma_min", "rho": 5.0}, {}),
+    ("EDMEulerScheduler", {"sigma_schedule": "exponential", "sigma_min": 0.03, "sigma_max": 14.0}, {}),
+    ("EDMEulerScheduler", {}, {"sigmas": torch.tensor([0.0, 0.2, 0.7, 1.0])}),
+    ("EDMDPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "rho": 5.0}, {}),
+    ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential", "sigma_max": 14.0}, {}),
+    ("IPNDMScheduler", {"trained_betas": [0.9, 0.6, 0.3, 0.1]}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "invert_sigmas": True}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {"mu": 0.8}),
+    (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"mu": 1.7},
+    ),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}, {"sigmas": [1.0, 0.7, 0.4, 0.2]}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}, {"timesteps": [1000.0, 700.0, 250.0]}),
+    (
+        "FlowMatchEulerDiscreteScheduler",
+        {"shift": 2.0},
+        {"sigmas": [0.9, 0.4, 0.2], "timesteps": [1000.0, 700.0, 250.0]},
+    ),
+    (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_karras_sigmas": True},
+        {"sigmas": [0.9, 0.4, 0.2], "num_inference_steps": 3},
+    ),
 ]
 
 
-@pytest.mark.parametrize("options", SIGMAS, ids=str)
-def test_sigmas_and_their_timesteps_equal_diffusers(options):
-    config = {key: value for key, value in options.items() if key != "mu"}
-    mu = {key: value for key, value in options.items() if key == "mu"}
-    ours, theirs = both("UniPCMultistepScheduler", **config)
-    for n in (2, 5, 10, 25, 50, 333) if options.get("shift_terminal") else (1, 2, 5, 10, 25, 50, 333):
-        ours.set_timesteps(n, **mu)
-        theirs.set_timesteps(n, **mu)
-        assert ours.sigmas.dtype == np.float32
-        assert_close(ours.sigmas, theirs.sigmas, rtol=TABLE)
-        assert ours.timesteps.tolist() == theirs.timesteps.tolist(), n
-
-
-@pytest.mark.parametrize("kind", [list, np.array])
 @pytest.mark.parametrize(
-    "options", [{}, {"flow_shift": 2.0}, {"use_dynamic_shifting": True}, {"shift_terminal": 0.2}], ids=str
+    "name, config, arguments", [row for row in SCHEDULES_OF_THEIR_OWN if row[0] in NAMES], ids=str
 )
-def test_unipc_takes_sigmas_of_your_own_for_flow_models(kind, options):
-    ours, theirs = both("UniPCMultistepScheduler", use_flow_sigmas=True, **options)
-    mu = 0.5 if options.get("use_dynamic_shifting") else None
-    ours.set_timesteps(sigmas=kind([1.0, 0.7, 0.4, 0.2]), mu=mu)
-    theirs.set_timesteps(sigmas=np.array([1.0, 0.7, 0.4, 0.2]), mu=mu)
-    assert_close(ours.sigmas, theirs.sigmas, rtol=TABLE)
-    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-    assert ours.num_inference_steps == 4
+def test_a_schedule_that_few_have_equals_diffusers(name, config, arguments):
+    ours, theirs = both(name, **config)
+    counts = (2, 3, 5, 6, 10, 18, 25, 50)
+    if {"sigmas", "timesteps"} & set(arguments):
+        counts = (None,)
+    if arguments.get("strength") or arguments.get("original_inference_steps"):
+        counts = (1, 2, 4, 25) if counts[0] else counts
+    if "trained_betas" in config:
+        counts = (len(config["trained_betas"]) - 1,)
+    for n in counts:
+        for scheduler in (ours, theirs):
+            given = dict(arguments)
+            if n is not None:
+                given["num_inference_steps"] = n
+            if scheduler is theirs and isinstance(given.get("sigmas"), list):
+                given["sigmas"] = np.array(given["sigmas"])  # some of diffusers' take arrays only
+            scheduler.set_timesteps(**given)
+        assert_same_schedule(ours, theirs)
 
 
-def test_unipc_has_the_sigmas_of_the_training_before_timesteps_are_set():
-    for zero_snr in (False, True):
-        ours, theirs = both("UniPCMultistepScheduler", rescale_betas_zero_snr=zero_snr)
-        assert_close(ours.sigmas, theirs.sigmas, rtol=1e-4 if zero_snr else TABLE)  # 1 - a_t of a rounded a_t
+@pytest.mark.parametrize("name", EXPLODING)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_first_sample_is_as_noisy_as_in_diffusers(name, spacing):
+    config = {"timestep_spacing": spacing} if name in SPACED else {}
+    if name in SLOW:
+        config["num_train_timesteps"] = 100
+    ours, theirs = both(name, 7, **config)
+    assert np.isscalar(float(ours.init_noise_sigma))
+    assert_close(ours.init_noise_sigma, theirs.init_noise_sigma, rtol=TABLE)
+
+
+def test_ipndm_has_the_signal_and_noise_of_diffusers():
+    if "IPNDMScheduler" in NAMES:
+        for config in ({}, {"trained_betas": [0.9, 0.6, 0.3, 0.1]}):
+            ours, theirs = both("IPNDMScheduler", 3, **config)
+            assert_close(ours.betas, theirs.betas, rtol=TABLE)
+            assert_close(ours.alphas, theirs.alphas, rtol=TABLE, atol=TABLE)
 
 
 @pytest.mark.parametrize("a", [0.3, 0.6, 1.0, 2.5])
