@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from minidiff.checkpoints.errors import CheckpointError
 
-MAX_TEXT_BYTES = 64 << 20  # the largest real one, SDXL's tokenizer.json, has 4 MB
+MAX_TEXT_BYTES = 16 << 20  # the largest real one, SDXL's tokenizer.json, has 4 MB
+MAX_JSON_VALUES = 500_000  # that one has 200 000; each may cost a few hundred bytes of memory
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -57,33 +58,62 @@ def read_text(path) -> str:
             f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB: no config and no vocabulary"
         )
     try:
+        return decode(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+
+
+def decode(data: bytes) -> str:
+    """The text in UTF-8 bytes; ValueError, a predicate, if they are something else."""
+    try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file; CheckpointError if it is none, is nested too deeply, or has a key twice."""
-
-    def once(pairs):
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError(
-                f"the key {next(k for k, _ in pairs if [q for q, _ in pairs].count(k) > 1)!r} stands twice"
-            )
-        return values
-
+    """The object in a JSON file; CheckpointError if it is none, or none that parse_json takes."""
+    text = read_text(path)
     try:
-        values = json.loads(read_text(path), object_pairs_hook=once)
-    except CheckpointError:
-        raise
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply to be a config") from error
+        return parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+        raise CheckpointError(f"{path} {error}") from error
+
+
+def parse_json(text: str) -> dict:
+    """The object in a JSON text from a stranger; ValueError, a predicate such as "is no valid JSON", if not.
+
+    Refused beside what is no JSON: a key that stands twice, since readers differ in which one they take; NaN,
+    which no setting means (infinity is: a scheduler's lambda_min_clipped); and what would take more time or
+    memory than any real file: nested a thousand deep, or of millions of values.
+    """
+    if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
+        raise ValueError(f"holds more than {MAX_JSON_VALUES:,} values, far more than any real one")
+    try:
+        values = json.loads(text, object_pairs_hook=_with_keys_once, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("is nested too deeply to be a config") from None
+    except ValueError as error:
+        raise ValueError(f"is no valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        raise ValueError(f"must hold a JSON object, not a {type(values).__name__}")
     return values
+
+
+def _with_keys_once(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r:.80} stands twice")
+    return values
+
+
+def _number(constant):
+    """Infinity, -Infinity or NaN, which Python writes into JSON and reads from it."""
+    if constant == "NaN":
+        raise ValueError("NaN is no value of a setting")
+    return float(constant)
 
 
 @contextlib.contextmanager
@@ -127,6 +157,34 @@ def lfs_pointer(path) -> CheckpointError:
     )
 
 
+class WeightNames:
+    """What the files of a model's weights are called: whole, or an index and its shards.
+
+    weights_name: the plain name, such as "model.safetensors"; variant "fp16" means model.fp16.safetensors,
+    model.safetensors.index.fp16.json and model.fp16-00001-of-00002.safetensors, as in diffusers.
+    """
+
+    def __init__(self, weights_name, variant=None):
+        base, ending = weights_name.rsplit(".", 1)
+        infix = f".{plain(variant)}" if variant else ""
+        self.whole = f"{base}{infix}.{ending}"
+        self.index = f"{base}.{ending}.index{infix}.json"
+        self._shard = f"{base}{infix}-{{:05}}-of-{{:05}}.{ending}"
+        self._shards = re.compile(re.escape(base + infix) + r"-\d{5}-of-\d{5}\." + ending)
+
+    def shard(self, i, count) -> str:
+        """The name of shard i, from 0, of count."""
+        return self._shard.format(i + 1, count)
+
+    def shards_among(self, names) -> list[str]:
+        """Those of the names that are shards, in order."""
+        return sorted(name for name in names if self._shards.fullmatch(name))
+
+    def among(self, names) -> list[str]:
+        """Those of the names that belong to these weights."""
+        return [name for name in (self.whole, self.index) if name in names] + self.shards_among(names)
+
+
 def pick_weights(names, where, weights_name, variant=None, use_safetensors=None) -> list[str]:
     """Of a folder's file names those that hold the weights: one file, or an index and its shards.
 
@@ -140,14 +198,11 @@ def pick_weights(names, where, weights_name, variant=None, use_safetensors=None)
     candidates = [] if use_safetensors is False else [(stem, "safetensors")]
     candidates += [] if use_safetensors is True else [(pickled, "bin")]
     for base, ending in candidates:
-        if f"{base}{infix}.{ending}" in names:
-            return [f"{base}{infix}.{ending}"]
-        # shards: model.safetensors.index.json or model.safetensors.index.fp16.json,
-        # model.fp16-00001-of-00002.safetensors
-        index = f"{base}.{ending}.index{infix}.json"
-        if index in names:
-            shard = re.compile(re.escape(base + infix) + r"-\d{5}-of-\d{5}\." + ending)
-            return [index, *sorted(name for name in names if shard.fullmatch(name))]
+        accepted = WeightNames(f"{base}.{ending}", variant)
+        if accepted.whole in names:
+            return [accepted.whole]
+        if accepted.index in names:
+            return [accepted.index, *accepted.shards_among(names)]
     asked = " or ".join(f"{base}{infix}.{ending}" for base, ending in candidates)
     there = sorted(n for n in names if n.startswith((stem, pickled)) and n.endswith((".safetensors", ".bin")))
     has = (
@@ -156,3 +211,27 @@ def pick_weights(names, where, weights_name, variant=None, use_safetensors=None)
         else "it has no weights"
     )
     raise CheckpointError(f"{where} has no {asked}; {has}")
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "": 1}
+
+
+def bytes_in(size: int | str) -> int:
+    """A number of bytes, or a text such as "10GB" or "500 MiB", as a number; ValueError for anything else."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    number = float(parts[1]) * UNITS.get(parts[2], 0) if parts and not isinstance(size, bool) else 0
+    if number < 1:
+        raise ValueError(f"max_shard_size is a number of bytes or a text such as '10GB', not {size!r}")
+    return int(number)
+
+
+def split(tensors, most_bytes) -> list[dict]:
+    """The table {name: tensor} as tables of at most so many bytes, in order; a larger tensor stands alone."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards

@@ -5,6 +5,7 @@ name.
 """
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -68,11 +69,12 @@ class PretrainedModel(Configured, nn.Module):
             "token": token,
         }
         config_file, *weight_files = hub.resolve(name_or_path, choose, subfolder, **source)
-        tensors = files.read_tensors(weight_files)
-        model = cls._described_by(config_file, most_tensors=2 * len(tensors) + 1000)
-        tensors = _fitting(model, tensors, config_file, weight_files[0])
+        stored = files.open_tensors(weight_files)
+        model = cls._described_by(config_file, most_tensors=2 * len(stored) + 1000)
+        names = _fitting(model, stored, config_file, weight_files[0])
         dtype = None if torch_dtype == "auto" else torch_dtype or torch.float32
-        model.load_state_dict({name: files.settled(t, dtype) for name, t in tensors.items()}, assign=True)
+        tensors = {ours: stored[theirs].read(theirs, dtype) for ours, theirs in names.items()}
+        model.load_state_dict(tensors, assign=True)
         return model.eval()
 
     @classmethod
@@ -89,16 +91,30 @@ class PretrainedModel(Configured, nn.Module):
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{config_file}: {error}") from error
 
-    def save_pretrained(self, save_directory, variant: str | None = None):
+    def save_pretrained(
+        self, save_directory, variant: str | None = None, max_shard_size: int | str = "10GB"
+    ):
         """Writes config.json and the weights as safetensors; diffusers (transformers for CLIP) reads both.
 
-        variant: an infix for the weight file's name. CheckpointError where the disk does not take them; each
-        file is then as before, or absent.
+        variant: an infix for the weight files' names. max_shard_size: bytes, or a text such as "500MB";
+        weights of more than that become several files with an index. Weights that an earlier call left there
+        under other names are deleted. CheckpointError where the disk does not take them; each file is then as
+        before, or absent.
         """
-        stem, ending = self.weights_name.rsplit(".", 1)
-        name = f"{stem}.{variant}.{ending}" if variant else self.weights_name
-        files.write_tensors(Path(save_directory) / name, self.state_dict())
-        with layout.writing(Path(save_directory) / self.config_name):
+        folder, tensors = Path(save_directory), self.state_dict()
+        names = layout.WeightNames(self.weights_name, variant)
+        shards = layout.split(tensors, layout.bytes_in(max_shard_size))
+        if len(shards) == 1:
+            written = [names.whole]
+            files.write_tensors(folder / names.whole, tensors)
+        else:
+            parts = {names.shard(i, len(shards)): part for i, part in enumerate(shards)}
+            written = [names.index, *parts]
+            files.write_shards(folder / names.index, parts)
+        for name in names.among(os.listdir(folder)):
+            if name not in written:
+                folder.joinpath(name).unlink()
+        with layout.writing(folder / self.config_name):
             self.save_config(save_directory)
 
     @property
@@ -132,20 +148,24 @@ def _at_most(most_tensors):
         hook.remove()
 
 
-def _fitting(model, tensors, config_file, weight_file):
-    """The tensors under the model's names; CheckpointError if they are not exactly those that it has."""
+def _fitting(model, stored, config_file, weight_file):
+    """{our name: the file's name} of all tensors; CheckpointError if they are not exactly the model's.
+
+    stored: {the file's name: the open file}.
+    """
     wanted = model.state_dict()
-    found = {ours: tensors[theirs] for ours, theirs in keys.translate(tensors, wanted).items()}
+    names = keys.translate(stored, wanted)
+    found = {ours: tuple(stored[theirs].shapes[theirs]) for ours, theirs in names.items()}
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys()),
         "of another shape": [
-            f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+            f"{name} {found[name]} instead of {tuple(wanted[name].shape)}"
             for name in sorted(wanted.keys() & found.keys())
-            if found[name].shape != wanted[name].shape
+            if found[name] != wanted[name].shape
         ],
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(n)} {what}: {files.some(n)}" for what, n in faults.items() if n)
         raise CheckpointError(f"{weight_file} does not fit {config_file}; tensors: {listed}")
-    return found
+    return names
