@@ -47,6 +47,10 @@ ONE_FILE_ALONE = {
 }
 PUBLIC = [
     *("CheckpointError", "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+    *("LCMScheduler", "TCDScheduler", "DDIMInverseScheduler", "IPNDMScheduler"),
+    *("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler"),
     *("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"),
     *("CLIPTokenizer", "DiffusionPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline"),
     "StableDiffusionXLPipeline",

@@ -13,6 +13,7 @@ from minidiff.schedulers.schedule import Scheduler, combine, predicted_eps
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)  # order 4: weights of its four model calls
 RK_TIMESTEPS = 4  # timesteps that the warm-up makes with Runge-Kutta
 ADAMS_BASHFORTH = {  # number of noises -> weights, the newest first
+    1: (1,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),

@@ -52,8 +52,8 @@ def make_betas(schedule: str, beta_start: float, beta_end: float, n: int) -> np.
     if schedule == "sigmoid":  # GeoDiff, arXiv:2203.02923
         rise = np.exp(-linspace(-6, 6, n).astype(np.float64)).astype(np.float32)
         return 1 / (1 + rise) * (beta_end - beta_start) + beta_start
-    alpha_bars = {"squaredcos_cap_v2": _alpha_bar_cosine, "laplace": _alpha_bar_laplace, "exp": _alpha_bar_exp}
-    alpha_bar = alpha_bars[schedule]
+    cosine, laplace, exp = _alpha_bar_cosine, _alpha_bar_laplace, _alpha_bar_exp
+    alpha_bar = {"squaredcos_cap_v2": cosine, "laplace": laplace, "exp": exp}[schedule]
     kept = [alpha_bar(i / n) for i in range(n + 1)]
     return np.array([min(1 - kept[i + 1] / kept[i], 0.999) for i in range(n)], np.float32)
 
@@ -287,16 +287,14 @@ class Scheduler(Configured):
         self.num_inference_steps = None
         self.timesteps = np.arange(n, dtype=np.int64)[::-1].copy()
 
-    def _check_steps(self, n, at_most=None):
+    def _check_steps(self, n, at_most=None, name="num_inference_steps"):
         """n as an int, or an error that says what a number of steps must be."""
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
-            raise TypeError(f"num_inference_steps is {n!r}; it must be a whole number")
+            raise TypeError(f"{name} is {n!r}; it must be a whole number")
         if n < 1:
-            raise ValueError(f"num_inference_steps is {n}; it must be at least 1")
+            raise ValueError(f"{name} is {n}; it must be at least 1")
         if at_most is not None and n > at_most:
-            raise ValueError(
-                f"num_inference_steps is {n}; the model was trained on {at_most} timesteps: take no more"
-            )
+            raise ValueError(f"{name} is {n}; the model was trained on {at_most} timesteps: take no more")
         return int(n)
 
     def _spaced(self, n, skip_last=False):
@@ -417,49 +415,3 @@ class Scheduler(Configured):
         a_t = self._array(like(self.alphas_cumprod, samples))[rows]
         a_t = a_t.reshape(-1, *[1] * (len(samples.shape) - 1))  # (B, 1, …)
         return np.sqrt(a_t), np.sqrt(1 - a_t)
-
-
-class CountingScheduler(Scheduler):
-    """Base of the schedulers that find a step by counting, since timesteps may repeat or be fractions.
-
-    The first step is looked up by its timestep, or is `begin_index`; the others follow. `step_index` is None
-    until the first step; update rules get it in place of the timestep and move it on.
-    """
-
-    unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
-    _step_index = _begin_index = None
-
-    def _count_anew(self):
-        self._step_index = self._begin_index = None
-
-    @property
-    def step_index(self) -> int | None:
-        """The index into timesteps and sigmas that the next step starts from."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The index that the first step starts from, if it is not to be looked up."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0):
-        """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
-        """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
-        timesteps = self.timesteps if schedule_timesteps is None else to_numpy(schedule_timesteps)
-        t = timestep.item() if hasattr(timestep, "item") else timestep
-        places = np.flatnonzero(timesteps == t)
-        if not places.size and not self.unknown_is_last:
-            raise ValueError(f"timestep {t} is not in the schedule; take it from .timesteps")
-        return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
-
-    def _position(self, timestep):
-        """The index of this step, which update rules get in place of the timestep, and which they move on."""
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(self.timesteps):
-            raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
-        return self._step_index

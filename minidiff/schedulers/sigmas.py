@@ -11,16 +11,20 @@ import math
 import numpy as np
 
 from minidiff.boundary import like
-from minidiff.schedulers.schedule import CountingScheduler
+from minidiff.schedulers.counting import CountingScheduler
 
 # Zero-SNR tables end at a_t = 0, where sigma is infinite: the smallest float16 stands in for it.
 SMALLEST_ALPHA = np.float32(2**-24)
 
 
-def karras(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
-    """n falling sigmas, dense at little noise (Karras et al. 2022, arXiv:2206.00364, eq. 5, rho 7)."""
-    ends = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
-    return (ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0])) ** 7
+def karras(sigma_min: float, sigma_max: float, n: int, rho: float = 7, ramp=None) -> np.ndarray:
+    """n falling sigmas, dense at little noise (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    rho > 1 is how dense. ramp (n,): the places to take from 0, sigma_max, to 1, sigma_min; evenly if None.
+    """
+    ramp = np.linspace(0, 1, n) if ramp is None else ramp
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (ends[0] + ramp * (ends[1] - ends[0])) ** rho
 
 
 def exponential(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
@@ -61,7 +65,7 @@ def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def time_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
+def time_shift(sigmas: np.ndarray, mu: float, kind: str, power: float = 1.0) -> np.ndarray:
     """`shift_flow` by e^mu (kind "exponential") or by mu ("linear"), where mu follows the picture's size.
 
     Written as in diffusers, whose whole timesteps depend on the last bit.
@@ -69,7 +73,7 @@ def time_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
     if kind not in ("exponential", "linear"):
         raise ValueError(f"time_shift_type is {kind!r}; it must be exponential or linear")
     shift = math.exp(mu) if kind == "exponential" else mu
-    return shift / (shift + (1 / sigmas - 1))
+    return shift / (shift + (1 / sigmas - 1) ** power)
 
 
 def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
@@ -122,9 +126,13 @@ class SigmaScheduler(CountingScheduler):
                 return spread(float(low), float(high), n)
         return None
 
-    def _set_sigmas(self, sigmas, sigma_min):
-        """Stores the sigmas to visit and the one that sampling ends at, 0 or sigma_min; counts anew."""
-        last = {"zero": 0, "sigma_min": sigma_min}.get(self.config.final_sigmas_type)
+    def _set_sigmas(self, sigmas, sigma_min=None):
+        """Stores the sigmas to visit and the one that sampling ends at, 0 or sigma_min; counts anew.
+
+        sigma_min None: it ends at 0, whatever the config carries along.
+        """
+        kind = "zero" if sigma_min is None else self.config.final_sigmas_type
+        last = {"zero": 0, "sigma_min": sigma_min}.get(kind)
         if last is None:
             raise ValueError(
                 f"final_sigmas_type is {self.config.final_sigmas_type!r}; it must be zero or sigma_min"
@@ -143,8 +151,11 @@ class SigmaScheduler(CountingScheduler):
             rows = [self.index_for_timestep(t) for t in timesteps]
         else:
             rows = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
-        sigma = self._array(like(self.sigmas, samples))[rows].reshape(-1, *[1] * (len(samples.shape) - 1))
-        return self._alpha_sigma(sigma)
+        return self._alpha_sigma(self._sigmas_of(rows, samples))
+
+    def _sigmas_of(self, rows, samples):
+        """The sigmas at these places, (B, 1, …); from a table in samples' dtype, as in diffusers."""
+        return self._array(like(self.sigmas, samples))[rows].reshape(-1, *[1] * (len(samples.shape) - 1))
 
     def _alpha_sigma(self, sigma):
         """alpha and sigma_t in x = alpha x0 + sigma_t eps, for sigma = sigma_t / alpha."""

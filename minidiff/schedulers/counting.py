@@ -1,0 +1,52 @@
+"""Which step comes next, where the timestep alone doesn't say: for schedulers that count."""
+
+import numpy as np
+
+from minidiff.boundary import is_tensor, to_numpy
+from minidiff.schedulers.schedule import Scheduler
+
+
+class CountingScheduler(Scheduler):
+    """Base of the schedulers that find a step by counting, since timesteps may repeat or be fractions.
+
+    The first step is looked up by its timestep, or is `begin_index`; the others follow. `step_index` is None
+    until the first step; update rules get it in place of the timestep and move it on.
+    """
+
+    unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
+    _step_index = _begin_index = None
+
+    def _count_anew(self):
+        self._step_index = self._begin_index = None
+
+    @property
+    def step_index(self) -> int | None:
+        """The index into timesteps and sigmas that the next step starts from."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index that the first step starts from, if it is not to be looked up."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+        """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
+        timesteps = self.timesteps if schedule_timesteps is None else to_numpy(schedule_timesteps)
+        t = timestep.item() if hasattr(timestep, "item") else timestep
+        places = np.flatnonzero(timesteps == t)
+        if not places.size and not self.unknown_is_last:
+            raise ValueError(f"timestep {t} is not in the schedule; take it from .timesteps")
+        return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
+
+    def _position(self, timestep):
+        """The index of this step, which update rules get in place of the timestep, and which they move on."""
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if self._step_index >= len(self.timesteps):
+            raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
+        return self._step_index

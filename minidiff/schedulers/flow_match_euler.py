@@ -1,0 +1,167 @@
+"""Euler's method for rectified flow: Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206.
+
+A sample is x = (1 - sigma) x0 + sigma eps, a straight line from data to noise; the model predicts the line's
+direction, v = eps - x0. Timesteps are sigma times num_train_timesteps, float32.
+"""
+
+import numpy as np
+
+from minidiff.boundary import like, to_numpy
+from minidiff.schedulers.schedule import combine
+from minidiff.schedulers.sigmas import SigmaScheduler, shift_flow, stretch_to_terminal, time_shift
+
+
+class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
+    """Steps along the line; sigmas from 1 to 0, moved towards noise for large pictures.
+
+    shift: by how much (1: not at all); or, with use_dynamic_shifting, set_timesteps' mu in the way of
+    time_shift_type. base_shift, max_shift, base_image_seq_len, max_image_seq_len: what pipelines make mu
+    from. shift_terminal: the last sigma before the end. invert_sigmas: for models that count from noise to
+    data. stochastic_sampling: go to x0 and noise it again, at every step.
+    """
+
+    _compatibles = ()
+    needs_timesteps = False
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5, max_shift: float | None = 1.15, base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential", stochastic_sampling: bool = False,
+    ):  # fmt: skip
+        self._check_spreads()
+        time_shift(np.ones(1), 1.0, time_shift_type)  # refuses a type that it doesn't know
+        n = self._train_timesteps()
+        self.set_shift(shift)
+        sigmas = np.arange(n, 0, -1, dtype=np.float32) / np.float32(n)
+        self.sigmas = sigmas if use_dynamic_shifting else shift_flow(sigmas, shift)
+        self.timesteps = self.sigmas * np.float32(n)
+        self.sigma_min, self.sigma_max = self.sigmas[-1].item(), self.sigmas[0].item()
+        self.num_inference_steps = None
+
+    @property
+    def shift(self) -> float:
+        """The shift of the next set_timesteps, where use_dynamic_shifting is off."""
+        return self._shift
+
+    def set_shift(self, shift: float):
+        """Changes shift, from the next set_timesteps on."""
+        self._shift = shift
+
+    def time_shift(self, mu: float, sigma: float, t):
+        """Sigmas t moved by mu in the way of time_shift_type: see `sigmas.time_shift`."""
+        return time_shift(t, mu, self.config.time_shift_type, sigma)
+
+    def stretch_shift_to_terminal(self, t):
+        """Sigmas t stretched so that the last is shift_terminal."""
+        return stretch_to_terminal(t, self.config.shift_terminal)
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None,
+                      mu: float | None = None, timesteps=None):  # fmt: skip
+        """Chooses the steps: num_inference_steps of them, or lists, falling, of sigmas, timesteps or both.
+
+        sigmas that are given are shifted too; timesteps are told to the model as they are, and where there
+        are no sigmas, those are timesteps / N, shifted: then the two disagree unless the shift is 1. mu: the
+        shift of use_dynamic_shifting. device has no effect.
+        """
+        c = self.config
+        if c.use_dynamic_shifting and mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu, the shift: set_timesteps(n, mu=...)")
+        sigmas, timesteps = self._listed(sigmas, "sigmas"), self._listed(timesteps, "timesteps")
+        counts = {len(x) for x in (sigmas, timesteps) if x is not None} | {num_inference_steps} - {None}
+        if len(counts) != 1:
+            raise ValueError(
+                "set_timesteps takes num_inference_steps, sigmas or timesteps, of one length; "
+                f"got {' and '.join(map(str, counts)) or 'none of them'}"
+            )
+        n, n_train = self._check_steps(counts.pop()), int(c.num_train_timesteps)
+        if sigmas is None:
+            ends = self.sigma_max * n_train, self.sigma_min * n_train
+            sigmas = (np.linspace(*ends, n) if timesteps is None else timesteps) / n_train
+        with np.errstate(divide="ignore"):  # a sigma of 0 stays 0
+            if c.use_dynamic_shifting:
+                sigmas = self.time_shift(mu, 1.0, sigmas)
+            else:
+                sigmas = shift_flow(sigmas, self.shift)
+        if c.shift_terminal:
+            sigmas = self.stretch_shift_to_terminal(sigmas)
+        spread = self._spread(sigmas[-1], sigmas[0], n)
+        sigmas = (sigmas if spread is None else spread).astype(np.float32)
+        if c.invert_sigmas:
+            sigmas, timesteps = 1 - sigmas, None
+        self.timesteps = sigmas * np.float32(n_train) if timesteps is None else timesteps
+        self.sigmas = np.append(sigmas, np.float32(bool(c.invert_sigmas)))
+        self.num_inference_steps = n
+        self._count_anew()
+
+    def _listed(self, values, name):
+        """A caller's list as float32 (n,); None stays."""
+        if values is None:
+            return None
+        values = np.array(to_numpy(values), np.float32)
+        if values.ndim != 1:
+            raise ValueError(f"{name} is {values.shape}; it must be a list of numbers")
+        return values
+
+    def step(
+        self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = float("inf"), s_noise: float = 1.0, generator=None, per_token_timesteps=None,
+        return_dict: bool = True,
+    ):  # fmt: skip
+        """From timestep, one of .timesteps, to the next; model_output, sample, prev_sample (B, C, …).
+
+        generator draws the noise of stochastic_sampling. per_token_timesteps (B, T): a timestep for each
+        token of samples (B, T, C), which goes to the next sigma of the schedule below it; without
+        stochastic_sampling the model_output must then be x0 - eps, as callers of diffusers have it. s_churn,
+        s_tmin, s_tmax and s_noise have no effect, as in diffusers.
+        """
+        self._refuse_integer(timestep)
+        noise = self._noise(model_output, sample, generator, dtype=np.float32)
+        options = per_token_timesteps, noise
+        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
+
+    def update(self, model_output, i, sample, per_token_timesteps, noise):
+        """Liu et al. 2022, eq. 1: dx/dsigma = v, one step of Euler's; or x0 = x - sigma v, noised anew."""
+        if per_token_timesteps is not None:
+            sigma, sigma_next = self._token_sigmas(per_token_timesteps, sample)
+            rise = sigma - sigma_next
+        elif i + 1 < len(self.sigmas):
+            sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+            rise = sigma_next - sigma
+        else:
+            raise ValueError("no sigma comes after this timestep: call set_timesteps(n) before step")
+        if self.config.stochastic_sampling:
+            x0 = sample - sigma * model_output
+            prev = combine((1 - sigma_next, sigma_next), (x0, noise()))
+        else:
+            prev = combine((1, rise), (sample, model_output))
+        self._step_index += 1
+        return prev, None
+
+    def _token_sigmas(self, timesteps, sample):
+        """Each token's sigma and the largest of the schedule below it, 0 if there is none; (B, T, 1)."""
+        timesteps = to_numpy(timesteps)
+        if (
+            sample.ndim != 3
+            or timesteps.ndim != 2
+            or not all(a in (1, b) for a, b in zip(timesteps.shape, sample.shape, strict=False))
+        ):
+            raise ValueError(
+                f"per_token_timesteps is {timesteps.shape}, sample {sample.shape}; "
+                "they must be (B, T) and (B, T, C)"
+            )
+        sigma = (timesteps / np.float32(self.config.num_train_timesteps)).astype(np.float32)[..., None]
+        below = self.sigmas[:, None, None, None] < sigma - np.float32(1e-6)  # (n + 1, B, T, 1)
+        return sigma, (below * self.sigmas[:, None, None, None]).max(axis=0)
+
+    def scale_noise(self, sample, timestep, noise=None):
+        """(1 - sigma) sample + sigma noise: sample (B, …) moved to B timesteps of the schedule."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample, noise, timesteps):
+        """v = eps - x0, x0 = sample (B, …): what flow models are trained to predict, at any timestep."""
+        return like(self._array(noise) - self._array(sample), sample)
+
+    def _alpha_sigma(self, sigma):
+        return 1 - sigma, sigma
