@@ -19,6 +19,13 @@ class CountingScheduler(Scheduler):
     def _count_anew(self):
         self._step_index = self._begin_index = None
 
+    def _refuse_integer(self, timestep):
+        """ValueError for an integer: most likely an index, where a timestep, maybe a fraction, is meant."""
+        if isinstance(timestep, int) or (is_tensor(timestep) and not timestep.is_floating_point()):
+            raise ValueError(
+                f"timestep is the integer {timestep}; {type(self).__name__} takes one of .timesteps, no index"
+            )
+
     @property
     def step_index(self) -> int | None:
         """The index into timesteps and sigmas that the next step starts from."""

@@ -1,0 +1,109 @@
+"""EDM's own models and schedule: Karras et al. 2022, arXiv:2206.00364, section 5 and table 1.
+
+A network is told c_noise(sigma), sees c_in x, and its output F means x0 = c_skip x + c_out F: so what goes in
+and what is to be learned have variance 1 at every sigma.
+"""
+
+import numpy as np
+
+from minidiff.boundary import like, to_numpy
+from minidiff.schedulers.euler import EulerDiscreteScheduler
+from minidiff.schedulers.exploding import ExplodingScheduler
+from minidiff.schedulers.schedule import log
+from minidiff.schedulers.sigmas import exponential, karras
+
+
+class PreconditionedScheduler(ExplodingScheduler):
+    """Base of the schedulers for EDM's models: no betas; sigmas lie between sigma_min and sigma_max.
+
+    sigma_data: the standard deviation of the training data. sigma_schedule: "karras", bent by rho, or
+    "exponential".
+    """
+
+    _compatibles = ()
+    predictions = ("epsilon", "v_prediction")
+
+    def _make_tables(self):
+        c = self.config
+        if c.sigma_schedule not in ("karras", "exponential"):
+            raise ValueError(f"sigma_schedule is {c.sigma_schedule!r}; it must be karras or exponential")
+        self.data_variance, self.num_inference_steps = c.sigma_data**2, None
+        self._set_ramp(np.linspace(0, 1, self._train_timesteps() + 1))
+
+    def _set_ramp(self, ramp):
+        """Sets the sigmas, and timesteps for them, at ramp (n,): 0 is sigma_max, 1 sigma_min (eq. 5)."""
+        c = self.config
+        if c.sigma_schedule == "karras":
+            sigmas = karras(c.sigma_min, c.sigma_max, len(ramp), c.rho, ramp)
+        else:
+            sigmas = exponential(c.sigma_min, c.sigma_max, len(ramp))
+        self._set_sigmas(sigmas, sigmas[-1])
+        self.timesteps = self.precondition_noise(self.sigmas[:-1])
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What to multiply standard normal noise with: it becomes the sample that sampling starts from."""
+        return (self.config.sigma_max**2 + 1) ** 0.5
+
+    def precondition_inputs(self, sample, sigma):
+        """c_in x: what the network sees of sample at sigma."""
+        return sample * (1 / (sigma**2 + self.data_variance) ** 0.5)
+
+    def precondition_noise(self, sigma):
+        """c_noise: what the network is told in place of sigma, a number, array or tensor."""
+        sigmas = np.atleast_1d(np.asarray(to_numpy(sigma), np.float32))
+        return 0.25 * log(sigmas) if not hasattr(sigma, "dtype") else like(0.25 * log(sigmas), sigma)
+
+    def precondition_outputs(self, sample, model_output, sigma):
+        """x0 = c_skip x + c_out F, F the network's output. "v_prediction" models have c_out's other sign."""
+        kind = self.config.prediction_type
+        if kind not in self.predictions:
+            raise ValueError(f"prediction_type is {kind!r}; it must be {' or '.join(self.predictions)}")
+        total = sigma**2 + self.data_variance
+        c_out = sigma * self.data_variance**0.5 / total**0.5
+        return (
+            self.data_variance / total * sample + (-c_out if kind == "v_prediction" else c_out) * model_output
+        )
+
+    def _predicted_x0(self, model_output, sample, sigma):
+        return self.precondition_outputs(sample, model_output, sigma)
+
+
+class EDMEulerScheduler(PreconditionedScheduler, EulerDiscreteScheduler):
+    """Euler's method for EDM's models; order 1."""
+
+    without_churn = ()
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
+        sigma_schedule: str = "karras", num_train_timesteps: int = 1000, prediction_type: str = "epsilon",
+        rho: float = 7.0, final_sigmas_type: str = "zero",
+    ):  # fmt: skip
+        self._make_tables()
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None):
+        """Chooses num_inference_steps sigmas, or, as in diffusers, those at a ramp: sigmas (n,), from 0 to 1.
+
+        0 stands for sigma_max, 1 for sigma_min. device has no effect.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise ValueError("set_timesteps takes num_inference_steps or sigmas: one of them, not both")
+        if sigmas is None:
+            ramp = np.linspace(0, 1, self._check_steps(num_inference_steps))
+        else:
+            ramp = self._numbers(sigmas, "sigmas")
+        self._set_ramp(ramp)
+        self.num_inference_steps = len(ramp)
+
+    def step(self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
+             s_tmax: float = float("inf"), s_noise: float = 1.0, generator=None, return_dict: bool = True,
+             pred_original_sample=None):  # fmt: skip
+        """As `EulerDiscreteScheduler.step`; pred_original_sample: x0, if it is known already."""
+        self._refuse_integer(timestep)
+        x0 = (
+            None
+            if pred_original_sample is None
+            else self._array(pred_original_sample, "pred_original_sample")
+        )
+        options = s_churn, s_tmin, s_tmax, s_noise, self._noise(model_output, sample, generator), x0
+        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)

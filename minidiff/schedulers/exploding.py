@@ -1,0 +1,138 @@
+"""What the samplers share whose sample is x0 + sigma eps: the data keeps its size, noise only comes on top.
+
+In that form the way from noise to data is the plainest (Karras et al. 2022, arXiv:2206.00364, eq. 1 and 3):
+
+    dx/dsigma = (x - x0) / sigma
+
+where x0 is what the model predicts at x and sigma. A sampler follows this `derivative` from sigma to sigma
+in steps (`move`). The models were trained on sqrt(a_t) x0 + sqrt(1 - a_t) eps: that is x / sqrt(sigma^2 + 1),
+what `scale_model_input` shows them.
+"""
+
+import numpy as np
+
+from minidiff.boundary import like, to_numpy
+from minidiff.schedulers.schedule import predicted_x0, space_timesteps
+from minidiff.schedulers.sigmas import SPREADS, SigmaScheduler, sigma_to_t
+
+
+def derivative(sample, x0, sigma) -> np.ndarray:
+    """dx/dsigma at sample (B, C, …), where the model predicts x0."""
+    slope = sample - x0
+    slope /= sigma
+    return slope
+
+
+def move(sample, slope, by) -> np.ndarray:
+    """sample (B, C, …) after a straight way along slope: a new array."""
+    moved = slope * by
+    moved += sample
+    return moved
+
+
+def ancestral_levels(sigma, target):
+    """(down, up): the noise to step down to, and the fresh noise that fills it up to target.
+
+    With DDPM's share of noise, eta 1: up^2 + down^2 = target^2 (Song et al. 2020, arXiv:2010.02502, eq. 16).
+    """
+    up = np.sqrt(target * target * (sigma * sigma - target * target) / (sigma * sigma))
+    return np.sqrt(np.maximum(target * target - up * up, np.float32(0))), up  # rounding may take it below 0
+
+
+class ExplodingScheduler(SigmaScheduler):
+    """Base of the schedulers with sample = x0 + sigma eps; their timesteps are float32 and may be fractions.
+
+    Before set_timesteps all N training timesteps are laid out.
+    """
+
+    needs_timesteps = False
+    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
+    data_variance = 1.0  # of x0, as the model believes: what it sees is scaled to variance 1
+
+    def _make_tables(self):
+        super()._make_tables()
+        self.timesteps = self.timesteps.astype(np.float32)
+        self.sigmas = np.append(self.sigmas[::-1], np.float32(0))
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What to multiply standard normal noise with: it becomes the sample that sampling starts from."""
+        largest = self.sigmas.max()
+        if self.config.timestep_spacing not in ("linspace", "trailing"):
+            largest = np.sqrt(largest * largest + 1)
+        return float(largest)
+
+    def _lay_out(self, n, timesteps=None, n_train=None, sigma_min=None):
+        """Chooses n timesteps and sigmas, or those of a caller's own timesteps.
+
+        n_train: to be used in place of the config's num_train_timesteps. sigma_min: see `_set_sigmas`.
+        """
+        c = self.config
+        if timesteps is None:
+            n, n_train = self._check_steps(n), n_train or c.num_train_timesteps
+            timesteps = space_timesteps(c.timestep_spacing, n_train, n, c.steps_offset, whole=False)
+        else:
+            for key in SPREADS:
+                if c.get(key):
+                    raise ValueError(f"timesteps can't be given with {key}=True, which chooses them")
+            timesteps = self._numbers(timesteps, "timesteps")
+            n = len(timesteps)
+        timesteps, table = timesteps.astype(np.float32), self._table_sigmas()
+        sigmas = self._sigmas_at(timesteps, table, n)
+        spread = self._spread(sigmas[-1], sigmas[0], n)
+        if spread is not None:
+            sigmas, timesteps = spread, sigma_to_t(spread, np.log(table))
+        self._set_sigmas(sigmas, sigma_min)
+        self.num_inference_steps, self.timesteps = n, timesteps.astype(np.float32)
+
+    def _lay_out_all(self):
+        """The state before set_timesteps of those whose schedule is more than timesteps and sigmas."""
+        self.set_timesteps(self.config.num_train_timesteps)
+        self.num_inference_steps = None
+
+    def _sigmas_at(self, timesteps, table, n):
+        return np.interp(timesteps, np.arange(len(table)), table)
+
+    def _numbers(self, values, name, at_least=1):
+        """A caller's own list, array or tensor of finite numbers, float64 (n,)."""
+        given = np.asarray(to_numpy(values))
+        right = given.ndim == 1 and len(given) >= at_least and given.dtype.kind in "iuf"
+        if not right or not np.isfinite(given).all():
+            raise ValueError(f"{name} is {values!r}; it must be a list of at least {at_least} finite numbers")
+        return given.astype(np.float64)
+
+    # -- between samples, noise and the model
+
+    def _predicted_x0(self, model_output, sample, sigma):
+        kind = self.config.prediction_type
+        if kind not in self.predictions:
+            error = NotImplementedError if kind == "sample" else ValueError
+            raise error(
+                f"prediction_type is {kind!r}; {type(self).__name__} takes {', '.join(self.predictions)}"
+            )
+        if kind == "v_prediction":  # v's alpha x0 + sigma_t eps is x / scale, with alpha = 1 / scale
+            scale = sigma * sigma + 1
+            return predicted_x0(model_output, sample, 1 / scale, sigma / np.sqrt(scale), kind)
+        return predicted_x0(model_output, sample, 1, sigma, kind)
+
+    def _sigma_seen(self, i):
+        """The noise in the sample that the model sees at the i-th call."""
+        return self.sigmas[i]
+
+    def scale_model_input(self, sample, timestep):
+        """What the model gets to see of sample (B, C, …) at timestep: scaled as in its training."""
+        sigma = self._sigma_seen(self._position(timestep))
+        return like(self._array(sample) / np.sqrt(sigma * sigma + self.data_variance), sample)
+
+    def _alpha_sigma(self, sigma):
+        return 1, sigma
+
+    def get_velocity(self, sample, noise, timesteps):
+        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0, x0 = sample (B, …): the target of v_prediction models.
+
+        timesteps are of the schedule. diffusers takes a_t from the wrong end of its table here.
+        """
+        rows = [self.index_for_timestep(t) for t in self._timestep_list(sample, timesteps)]
+        sigma = self._sigmas_of(rows, sample)
+        noise, x0, width = self._array(noise), self._array(sample), self.data_variance**0.5
+        return like((width * noise - sigma / width * x0) / np.sqrt(sigma * sigma + width * width), sample)
