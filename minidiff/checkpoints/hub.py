@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from minidiff.checkpoints import layout
 from minidiff.checkpoints.errors import CheckpointError
@@ -77,6 +78,50 @@ def one_of(names, where, *accepted) -> str:
         if name in names:
             return name
     raise CheckpointError(f"{where} has no {' or '.join(accepted)}")
+
+
+def single_file(name_or_path, *, revision: str | None = None, **source) -> Path:
+    """One file: a local path, its page or address on the hub, or "owner/repository/file"; source as resolve.
+
+    CheckpointError for a folder and for a file that is not there, and for those of resolve.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"a file is named by a str or a path, not {type(name_or_path).__name__}")
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name and path.is_dir():
+        raise CheckpointError(f"{name} is a folder, not a single file; load it with from_pretrained")
+    there = None if isinstance(name_or_path, os.PathLike) or path.parent.is_dir() else _on_hub(name)
+    if there is None:
+        raise CheckpointError(f"there is no file {name}, and that is no address of one on the hub")
+    repository, named_revision, inner = there
+    subfolder, _, filename = inner.rpartition("/")
+    [path] = resolve(
+        repository,
+        lambda names, where: [one_of(names, where, filename)],
+        subfolder or None,
+        revision=revision or named_revision,
+        **source,
+    )
+    return path
+
+
+def _on_hub(name):
+    """(repository, revision or None, file), of "owner/repository/file" or an address on the hub; or None."""
+    if "://" in name:
+        # imported here, as below; the hub may have another address (HF_ENDPOINT)
+        from huggingface_hub import constants
+
+        homes = {constants.ENDPOINT.rstrip("/"), constants.HUGGINGFACE_CO_URL_HOME.rstrip("/")}
+        home = next((home for home in homes if name.startswith(f"{home}/")), None)
+        if home is None:
+            return None
+        name = unquote(name.removeprefix(f"{home}/").partition("?")[0])
+    pattern = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(?:blob|resolve)/([^/]+))?/([^:]*[^/:])"
+    found = re.fullmatch(pattern, name)
+    return found and found.groups()
 
 
 def _local_folder(name_or_path):

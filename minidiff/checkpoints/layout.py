@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path, PurePosixPath
 
 from minidiff.checkpoints.errors import CheckpointError
@@ -133,6 +134,29 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """The name of a temporary folder beside path, which becomes path if the block ends without an error.
+
+    So an interruption or a full disk leaves nothing behind. CheckpointError where path has something in it,
+    or can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise CheckpointError(f"{path} exists already; name a folder that does not, or an empty one")
+        temporary.mkdir(parents=True)
+    try:
+        with writing(path):
+            yield temporary
+            if path.exists():
+                path.rmdir()  # where a system does not rename onto an empty folder
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

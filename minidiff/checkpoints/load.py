@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints import files, hub, keys, layout
 from minidiff.checkpoints.errors import CheckpointError
@@ -55,8 +56,7 @@ class PretrainedModel(Configured, nn.Module):
         diffusers; "auto" keeps the file's. revision, cache_dir, local_files_only, token: see checkpoints.hub.
         CheckpointError, before anything large is built, for all that is wrong with folder, config or weights.
         """
-        if torch_dtype not in (None, "auto") and not isinstance(torch_dtype, torch.dtype):
-            raise TypeError(f"torch_dtype is a torch.dtype, 'auto' or None, not {torch_dtype!r}")
+        check_dtype(torch_dtype)
 
         def choose(names, where):
             config = hub.one_of(names, where, cls.config_name)
@@ -70,30 +70,33 @@ class PretrainedModel(Configured, nn.Module):
         }
         config_file, *weight_files = hub.resolve(name_or_path, choose, subfolder, **source)
         stored = files.open_tensors(weight_files)
-        model = cls._described_by(config_file, most_tensors=2 * len(stored) + 1000)
-        names = _fitting(model, stored, config_file, weight_files[0])
+        config = layout.read_json(config_file)
+        return cls._from_stored(stored, config, config_file, weight_files[0], torch_dtype)
+
+    @classmethod
+    def _from_stored(cls, stored, config, config_file, weight_file, torch_dtype):
+        """The model of a config with the weights in stored, {name: open file}; two names for errors."""
+        model = cls._described_by(config, config_file, most_tensors=2 * len(stored) + 1000)
+        names = _fitting(model, stored, config_file, weight_file)
         dtype = None if torch_dtype == "auto" else torch_dtype or torch.float32
         tensors = {ours: stored[theirs].read(theirs, dtype) for ours, theirs in names.items()}
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 
     @classmethod
-    def _described_by(cls, config_file, most_tensors):
+    def _described_by(cls, config, config_file, most_tensors):
         """The model of a config without memory for its weights; CheckpointError if it can't be built."""
-        config = layout.read_json(config_file)
         named = config.get("_class_name", cls.__name__)
         if named not in (base.__name__ for base in cls.__mro__):
             raise CheckpointError(f"{config_file} describes a {named}, not a {cls.__name__}")
         try:
-            with torch.device("meta"), _at_most(most_tensors):
+            with torch.device("meta"), _Undrawn(), _at_most(most_tensors):
                 return cls.from_config(config)
         # Values of a wrong type or size fail in as many ways as there are uses of them.
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{config_file}: {error}") from error
 
-    def save_pretrained(
-        self, save_directory, variant: str | None = None, max_shard_size: int | str = "10GB"
-    ):
+    def save_pretrained(self, save_directory, variant: str | None = None, max_shard_size: int | str = "10GB"):
         """Writes config.json and the weights as safetensors; diffusers (transformers for CLIP) reads both.
 
         variant: an infix for the weight files' names. max_shard_size: bytes, or a text such as "500MB";
@@ -126,6 +129,26 @@ class PretrainedModel(Configured, nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+def check_dtype(torch_dtype, dtype=None):
+    """The one that is given of two names of one argument; ValueError for both, TypeError for no type."""
+    if torch_dtype is not None and dtype is not None:
+        raise ValueError("got torch_dtype and dtype; they are two names of one thing, so pass one of them")
+    torch_dtype = dtype if torch_dtype is None else torch_dtype
+    if torch_dtype not in (None, "auto") and not isinstance(torch_dtype, torch.dtype):
+        raise TypeError(f"torch_dtype is a torch.dtype, 'auto' or None, not {torch_dtype!r}")
+    return torch_dtype
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no first values for weights: on the meta device that imports torch's compiler, in seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager

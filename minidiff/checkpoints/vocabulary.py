@@ -5,6 +5,8 @@ added_tokens.json; transformers 5 writes all but a few settings into tokenizer.j
 text, or a dict {"content": text, "normalized": bool, ...}.
 """
 
+import functools
+import gzip
 import json
 from pathlib import Path
 
@@ -16,6 +18,7 @@ DEFAULT_TOKENS = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
     ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
 )
 MAX_LENGTH = 77  # CLIP's
+CLIP_MERGES = Path(__file__).with_name("clip_merges.txt.gz")  # OpenAI's, MIT licence: see the file LICENSE
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 
 
@@ -34,6 +37,30 @@ def read(name_or_path, subfolder=None, **source) -> dict:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the tokenizer of {name_or_path} is damaged: {error!r}") from error
+
+
+def clip(pad_token: str) -> dict:
+    """CLIPTokenizer's arguments for CLIP's own vocabulary, which ships, and published special tokens.
+
+    pad_token: "<|endoftext|>" in Stable Diffusion 1, "!" in 2.
+    """
+    vocab, merges = _clip_vocabulary()
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    tokens = {role: {"content": text} | flags for role, text in DEFAULT_TOKENS.items()}
+    return {"vocab": vocab, "merges": merges} | tokens | {"pad_token": pad_token}
+
+
+@functools.cache
+def _clip_vocabulary():
+    """(vocabulary, merges): the ids count the symbols of the bytes, those that end a word, and the merges."""
+    text = gzip.decompress(CLIP_MERGES.read_bytes()).decode("utf-8")
+    merges = [line for line in text.split("\n") if line and not line.startswith("#version")]
+    # GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def write(folder, vocab, merges, special, added, model_max_length):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minidiff.checkpoints.load import PretrainedModel
+from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.models.layers import (
     Attention,
     GroupNorm,
@@ -33,9 +33,10 @@ from minidiff.models.levels import (
     per_level,
     up_path,
 )
+from minidiff.models.options import check_options
 
 
-class UNet2DConditionModel(PretrainedModel):
+class UNet2DConditionModel(SingleFileModel):
     """Text-conditional U-Net of Stable Diffusion 1, 2, XL, turbo and their inpainting variants.
 
     Options are diffusers'. layers_per_block, cross_attention_dim, transformer_layers_per_block,
@@ -45,6 +46,7 @@ class UNet2DConditionModel(PretrainedModel):
     they always are. Raises ValueError for a value that is not implemented.
     """
 
+    single_file_part = "unet"
     fixed_options: ClassVar = {
         "attention_type": "default", "addition_embed_type_num_heads": 64, "class_embed_type": None,
         "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
@@ -67,6 +69,7 @@ class UNet2DConditionModel(PretrainedModel):
         projection_class_embeddings_input_dim=None,
     ):  # fmt: skip
         super().__init__()
+        check_options(self)
         name = "UNet2DConditionModel"
         check_levels(name, block_out_channels,
                      down_block_types=(down_block_types, ["DownBlock2D", "CrossAttnDownBlock2D"]),

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minidiff.checkpoints.load import PretrainedModel
+from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -22,9 +22,10 @@ from minidiff.models.layers import (
 from minidiff.models.levels import check_levels, down_path
 
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
+from minidiff.models.options import check_options
 
 
-class AutoencoderKL(PretrainedModel):
+class AutoencoderKL(SingleFileModel):
     """Encodes pictures as normal distributions over latents, and decodes latents.
 
     Pictures are (B, in_channels, H, W) in [-1, 1], latents (B, latent_channels, H/f, W/f), f = 2^(levels -
@@ -34,6 +35,7 @@ class AutoencoderKL(PretrainedModel):
     overflow in float16) are notes for the caller too. Raises ValueError for a value that is not implemented.
     """
 
+    single_file_part = "vae"
     fixed_options: ClassVar = {"latents_mean": None, "latents_std": None}
 
     def __init__(
@@ -43,6 +45,7 @@ class AutoencoderKL(PretrainedModel):
         force_upcast=True, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     ):  # fmt: skip
         super().__init__()
+        check_options(self)
         check_levels("AutoencoderKL", block_out_channels,
                      down_block_types=(down_block_types, ["DownEncoderBlock2D"]),
                      up_block_types=(up_block_types, ["UpDecoderBlock2D"]))  # fmt: skip

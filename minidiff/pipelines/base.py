@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 import minidiff
-from minidiff.checkpoints import CheckpointError, hub
+from minidiff.checkpoints import CheckpointError, hub, single_file
+from minidiff.checkpoints.load import check_dtype
 from minidiff.config import DIFFUSERS_VERSION, write_json
 
 logger = logging.getLogger(__name__)
@@ -55,46 +56,88 @@ class DiffusionPipeline:
         CheckpointError for a checkpoint that lacks a part or names a class that minidiff does not have;
         TypeError for an argument that is no part.
         """
-        if torch_dtype is not None and dtype is not None:
-            raise ValueError(
-                "got torch_dtype and dtype; they are two names of one thing, so pass one of them"
-            )
+        torch_dtype = check_dtype(torch_dtype, dtype)
         source = {"revision": revision, "cache_dir": cache_dir, "token": token}
         source["local_files_only"] = local_files_only
         # models: float32 if None. diffusers 0.42 leaves a text encoder in the type of its file, beside a
         # float32 U-Net
         weights = {
-            "torch_dtype": torch_dtype or dtype,
+            "torch_dtype": torch_dtype,
             "variant": variant,
             "use_safetensors": use_safetensors,
         }
         index = hub.read_json(name_or_path, INDEX, **source)
-        pipeline_class = cls._class_for(index, name_or_path)
+
+        def load(name, part_class):
+            options = source | weights if issubclass(part_class, torch.nn.Module) else source
+            subfolder = hub.part_subfolder(name_or_path, name, **source)
+            return part_class.from_pretrained(name_or_path, subfolder, **options)
+
+        pipeline = cls._assemble(index, f"{name_or_path}: {INDEX}", parts, load)
+        if _named_class(index, "safety_checker") and "safety_checker" not in parts:
+            logger.warning("%s: its safety checker is left out; minidiff has none", name_or_path)
+        return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls, name_or_path, *, torch_dtype=None, dtype=None, config=None, original_config=None,
+        extract_ema=False, prediction_type=None, revision=None, cache_dir=None, local_files_only=False,
+        token=None, **parts,
+    ):  # fmt: skip
+        """The pipeline of one file in the original layout: Stable Diffusion 1, 2 or XL, safetensors or ckpt.
+
+        name_or_path: a path, a file's page on the hub, or "owner/repository/file". The kind of model is
+        recognised from its tensors, and its configs and vocabulary ship with minidiff, so nothing is fetched;
+        config, a folder in diffusers' layout or a repository's id, describes other models. original_config is
+        not needed, and refused. extract_ema: take the running averages of the U-Net's weights, where the file
+        has both. prediction_type: "epsilon" for Stable Diffusion 2 base, whose tensors look like 2's.
+        torch_dtype (or dtype) and parts: as for from_pretrained. CheckpointError for a file that is no single
+        file, lacks a part, has tensors that fit nothing or is of another pipeline; TypeError for an argument
+        that is no part.
+        """
+        torch_dtype = check_dtype(torch_dtype, dtype)
+        if prediction_type is not None and parts.get("scheduler") is not None:
+            raise ValueError("got a scheduler and a prediction_type; set it in the scheduler's config")
+        file = single_file.open_file(
+            name_or_path, config=config, original_config=original_config, extract_ema=extract_ema,
+            prediction_type=prediction_type, revision=revision, cache_dir=cache_dir,
+            local_files_only=local_files_only, token=token,
+        )  # fmt: skip
+        known = set(cls.part_classes)
+        if known and (set(file.parts) - known or "unet" not in known):
+            raise CheckpointError(f"{file.path} is {file.title}; load it with {file.index['_class_name']}, "
+                                  f"not with {cls.__name__}")  # fmt: skip
+
+        def load(name, part_class):
+            return file.build(name, part_class, torch_dtype)
+
+        return cls._assemble(file.index, f"{file.path} ({file.title})", parts, load)
+
+    @classmethod
+    def _assemble(cls, index, where, parts, load):
+        """The pipeline that an index describes, of the given parts and of load(name, class) for the others.
+
+        where: what errors call the index.
+        """
+        pipeline_class = cls._class_for(index, where)
         pipeline_class._check_given(parts)
         made = {key: index[key] for key in pipeline_class.options if key in index} | parts
         for name in pipeline_class.part_classes:
             if name in pipeline_class.optional_parts and _named_class(index, name) is None:
                 made.setdefault(name)
             if name not in made:
-                part_class = pipeline_class._part_class(name, index, name_or_path)
-                options = source | weights if issubclass(part_class, torch.nn.Module) else source
-                subfolder = hub.part_subfolder(name_or_path, name, **source)
-                made[name] = part_class.from_pretrained(name_or_path, subfolder, **options)
-        if _named_class(index, "safety_checker") and "safety_checker" not in parts:
-            logger.warning("%s: its safety checker is left out; minidiff has none", name_or_path)
+                made[name] = load(name, pipeline_class._part_class(name, index, where))
         return pipeline_class(**made)
 
     @classmethod
-    def _class_for(cls, index, name_or_path):
+    def _class_for(cls, index, where):
         """cls, or for DiffusionPipeline itself the class that the index names."""
         if cls is not DiffusionPipeline:
             return cls
         known = [n for n in minidiff.__all__ if n.endswith("Pipeline") and n != "DiffusionPipeline"]
         name = index.get("_class_name")
         if name not in known:
-            raise CheckpointError(
-                f"{name_or_path}: {INDEX} asks for a {name}; minidiff has {', '.join(known)}"
-            )
+            raise CheckpointError(f"{where} asks for a {name}; minidiff has {', '.join(known)}")
         return getattr(minidiff, name)
 
     @classmethod
@@ -102,21 +145,19 @@ class DiffusionPipeline:
         unknown = set(parts) - set(cls.part_classes) - set(cls.options) - set(NOT_USED)
         if unknown:
             raise TypeError(
-                f"{cls.__name__}.from_pretrained has no argument {', '.join(sorted(unknown))}; "
+                f"{cls.__name__} has no argument {', '.join(sorted(unknown))}; "
                 f"the parts that can be given are {', '.join(cls.part_classes)}"
             )
 
     @classmethod
-    def _part_class(cls, part, index, name_or_path):
+    def _part_class(cls, part, index, where):
         """The class of a part, as the index names it; CheckpointError where that is none of ours."""
         name = (_named_class(index, part) or "").removesuffix("Fast")  # CLIPTokenizerFast does the same
         if not name:
-            raise CheckpointError(f"{name_or_path}: {INDEX} names no {part}, which a {cls.__name__} needs")
+            raise CheckpointError(f"{where} names no {part}, which a {cls.__name__} needs")
         accepted = cls.part_classes[part] or [n for n in minidiff.__all__ if n.endswith("Scheduler")]
         if name not in accepted:
-            raise CheckpointError(
-                f"{name_or_path}: {INDEX} asks for the {part} {name}; minidiff has {', '.join(accepted)}"
-            )
+            raise CheckpointError(f"{where} asks for the {part} {name}; minidiff has {', '.join(accepted)}")
         return getattr(minidiff, name)
 
     def save_pretrained(self, save_directory):
