@@ -35,8 +35,8 @@ class PreconditionedScheduler(ExplodingScheduler):
         c = self.config
         if c.sigma_schedule == "karras":
             sigmas = karras(c.sigma_min, c.sigma_max, len(ramp), c.rho, ramp)
-        else:
-            sigmas = exponential(c.sigma_min, c.sigma_max, len(ramp))
+        else:  # laid out upwards, so that a single one is sigma_min, as in diffusers
+            sigmas = exponential(c.sigma_max, c.sigma_min, len(ramp))[::-1]
         self._set_sigmas(sigmas, sigmas[-1])
         self.timesteps = self.precondition_noise(self.sigmas[:-1])
 

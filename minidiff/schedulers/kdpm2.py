@@ -7,6 +7,7 @@ arXiv:2206.00927, algorithm 1.
 import numpy as np
 
 from minidiff.schedulers.exploding import ExplodingScheduler, ancestral_levels, derivative, move
+from minidiff.schedulers.schedule import log
 from minidiff.schedulers.sigmas import sigma_to_t
 
 
@@ -39,7 +40,8 @@ class KDPM2DiscreteScheduler(ExplodingScheduler):
         if self.config.use_karras_sigmas:
             timesteps = timesteps.round()
         ends, ups = self._ends(sigmas)
-        middles = np.sqrt(sigmas[:-1] * ends)  # (n,); 0 in the last step, which is its trial alone
+        with np.errstate(divide="ignore"):  # the logarithm of 0: the last step is its trial alone
+            middles = np.exp((log(sigmas[:-1]) + log(ends)) / 2, dtype=np.float64).astype(np.float32)  # (n,)
         between = sigma_to_t(middles[:-1], np.log(self._table_sigmas()))
         between = np.stack([between.astype(np.float32), timesteps[1:]], axis=1)  # (n - 1, 2)
         self.timesteps = np.append(timesteps[:1], between)  # (2n - 1,)
