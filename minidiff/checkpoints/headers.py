@@ -52,8 +52,8 @@ def read_header(path) -> dict[str, Entry]:
             length = int.from_bytes(length, "little")
             file_size = file.seek(0, 2)
             if length > file_size - 8:
-                raise CheckpointError(f"{path} is damaged or no safetensors file: it has {file_size:,} bytes, "
-                                      f"but its header says that it has {length:,} alone")  # fmt: skip
+                raise CheckpointError(f"{path} is damaged or no safetensors file: it has {file_size:,} "
+                                      f"bytes, but its header says that it has {length:,} alone")  # fmt: skip
             file.seek(8)
             if length > layout.MAX_TEXT_BYTES:
                 raise CheckpointError(f"{path} has a header of {length:,} bytes, far too large to be true")

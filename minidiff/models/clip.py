@@ -15,6 +15,7 @@ from minidiff import ops
 from minidiff.checkpoints import CheckpointError, keys, layout, vocabulary
 from minidiff.checkpoints.load import PretrainedModel
 from minidiff.models.layers import Output
+from minidiff.models.options import check_options
 
 
 class _CLIPText(PretrainedModel):
@@ -53,6 +54,7 @@ class _CLIPText(PretrainedModel):
         pad_token_id: int = 1,
     ):
         super().__init__()
+        check_options(self)
         self.text_model = CLIPTextTransformer(self.config)
         if self._projects:
             self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False)

@@ -46,7 +46,7 @@ def check_options(model):
     """Raises ValueError for a value in model.config that is of another kind or size than its option's."""
     for name, value in model.config.items():
         test, words = _RULE_OF.get(name, (None, None))
-        if test is None:
+        if test is None or name in model.fixed_options:
             continue
         is_list = isinstance(value, list | tuple)
         if name in _LISTS and not (is_list and value):
@@ -54,4 +54,6 @@ def check_options(model):
                 f"{type(model).__name__}: {name}={value!r:.80} is no list with one entry per level"
             )
         if not all(map(test, value if is_list else [value])):
-            raise ValueError(f"{type(model).__name__}: {name}={value!r:.80} is not {words}")
+            raise ValueError(
+                f"{type(model).__name__}: {name}={value!r:.80} is not implemented; it must be {words}"
+            )

@@ -26,6 +26,7 @@ from minidiff.models.layers import (
     timestep_embedding,
 )
 from minidiff.models.levels import check_choice, check_given, check_levels, down_path, makers_at, up_path
+from minidiff.models.options import check_options
 
 
 class UNet2DModel(PretrainedModel):
@@ -52,6 +53,7 @@ class UNet2DModel(PretrainedModel):
         add_attention=True, num_class_embeds=None, num_train_timesteps=None,
     ):  # fmt: skip
         super().__init__()
+        check_options(self)
         check_levels("UNet2DModel", block_out_channels,
                      down_block_types=(down_block_types, ["DownBlock2D", "AttnDownBlock2D"]),
                      up_block_types=(up_block_types, ["UpBlock2D", "AttnUpBlock2D"]))  # fmt: skip

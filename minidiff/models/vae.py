@@ -20,9 +20,9 @@ from minidiff.models.layers import (
     Upsample2D,
 )
 from minidiff.models.levels import check_levels, down_path
+from minidiff.models.options import check_options
 
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
-from minidiff.models.options import check_options
 
 
 class AutoencoderKL(SingleFileModel):
