@@ -135,7 +135,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             x0 = sample - sigma * model_output
             prev = combine((1 - sigma_next, sigma_next), (x0, noise()))
         else:
-            prev = combine((1, rise), (sample, model_output))
+            prev = rise * model_output + sample
         self._step_index += 1
         return prev, None
 
@@ -161,7 +161,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
     def get_velocity(self, sample, noise, timesteps):
         """v = eps - x0, x0 = sample (B, …): what flow models are trained to predict, at any timestep."""
-        return like(self._array(noise) - self._array(sample), sample)
+        return like(self._array(noise, "noise") - self._array(sample, "sample"), sample)
 
     def _alpha_sigma(self, sigma):
         return 1 - sigma, sigma

@@ -301,13 +301,17 @@ class Scheduler(Configured):
         c = self.config
         return space_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset, skip_last)
 
-    def _custom(self, timesteps):
-        """A caller's own timesteps, a list, array or tensor, as int64; they must fall from below N."""
+    def _whole(self, timesteps):
+        """A caller's own timesteps, a list, array or tensor of whole numbers, as int64."""
         given = np.asarray(to_numpy(timesteps))
         chosen = given.astype(np.int64) if given.dtype.kind in "iuf" else given
-        n = self.config.num_train_timesteps
         if chosen.ndim != 1 or not chosen.size or chosen.dtype != np.int64 or (chosen != given).any():
             raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers")
+        return chosen
+
+    def _custom(self, timesteps):
+        """As `_whole`; they must fall from each to the next, and from below N."""
+        chosen, n = self._whole(timesteps), self.config.num_train_timesteps
         if (np.diff(chosen) >= 0).any():
             raise ValueError(f"timesteps must fall from each to the next; {timesteps!r} does not")
         if chosen[0] >= n or chosen[-1] < 0:
@@ -393,12 +397,13 @@ class Scheduler(Configured):
     def add_noise(self, original_samples, noise, timesteps):
         """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps: original_samples (B, …) moved to B timesteps."""
         alpha, sigma = self._signal_and_noise(original_samples, timesteps)
-        return like(alpha * self._array(original_samples) + sigma * self._array(noise), original_samples)
+        x0, eps = self._array(original_samples, "original_samples"), self._array(noise, "noise")
+        return like(alpha * x0 + sigma * eps, original_samples)
 
     def get_velocity(self, sample, noise, timesteps):
         """v = sqrt(a_t) eps - sqrt(1 - a_t) x0, x0 = sample (B, …): the target of v_prediction models."""
         alpha, sigma = self._signal_and_noise(sample, timesteps)
-        return like(alpha * self._array(noise) - sigma * self._array(sample), sample)
+        return like(alpha * self._array(noise, "noise") - sigma * self._array(sample, "sample"), sample)
 
     def _timestep_list(self, samples, timesteps):
         """timesteps in any form as an array of one, or of one for each row of samples."""

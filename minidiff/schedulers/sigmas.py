@@ -28,7 +28,9 @@ def karras(sigma_min: float, sigma_max: float, n: int, rho: float = 7, ramp=None
 
 
 def exponential(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
-    """n falling sigmas, evenly spread in their logarithm."""
+    """n falling sigmas, evenly spread in their logarithm. ValueError where one of the ends has none."""
+    if not (sigma_min > 0 and sigma_max > 0):
+        raise ValueError(f"exponential sigmas must stay above 0; they go from {sigma_max} to {sigma_min}")
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), n))
 
 
