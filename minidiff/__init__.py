@@ -30,6 +30,10 @@ _WHERE = {  # module -> its public names
         "KDPM2DiscreteScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "EDMEulerScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+        "EDMDPMSolverMultistepScheduler",
     ),
     "minidiff.models": (
         "UNet2DModel",

@@ -7,6 +7,10 @@ Reading order: `schedule.py` (tables and the interface), `ddim.py` (the simplest
 from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddim_inverse import DDIMInverseScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
+from minidiff.schedulers.deis import DEISMultistepScheduler
+from minidiff.schedulers.dpmsolver import DPMSolverMultistepScheduler
+from minidiff.schedulers.dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from minidiff.schedulers.edm_dpmsolver import EDMDPMSolverMultistepScheduler
 from minidiff.schedulers.edm_euler import EDMEulerScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from minidiff.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
@@ -23,6 +27,10 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

@@ -27,7 +27,7 @@ class ExponentialIntegrator(SigmaScheduler):
 
     def _check_order(self):
         order = self.config.solver_order
-        if not 1 <= order <= self._train_timesteps():
+        if not 1 <= order <= max(self._train_timesteps(), 3):
             raise ValueError(f"solver_order is {order}; it must be from 1 to num_train_timesteps")
 
     def _replace(self, option, aliases, known):
@@ -42,13 +42,13 @@ class ExponentialIntegrator(SigmaScheduler):
 
     # -- the levels of noise to visit
 
-    def _visit(self, timesteps, table, flow_sigmas):
-        """Chooses sigmas: spread between the ends of table, or flow_sigmas(n), or those of the timesteps.
+    def _visit(self, n, timesteps, table, flow_sigmas):
+        """Chooses sigmas: n spread between the ends of table, or flow_sigmas(n), or those of the timesteps.
 
-        table: the sigma at each training timestep. What the config asks for decides; timesteps (n,) are
-        replaced by those of the sigmas.
+        table: the sigma at each training timestep. What the config asks for decides; timesteps give way to
+        those of the sigmas.
         """
-        c, n, last = self.config, len(timesteps), table[0]
+        c, last = self.config, table[0]
         spread = self._spread(table[0], table[-1], n)
         if spread is not None:
             sigmas, timesteps = self._at_timesteps(spread, table)
@@ -75,7 +75,7 @@ class ExponentialIntegrator(SigmaScheduler):
         """alpha, sigma_t and lambda at each of the sigmas, float32; the history starts anew."""
         alpha, sigma = self._alpha_sigma(self.sigmas)
         with np.errstate(all="ignore"):  # lambda is infinite at sigma 0
-            levels = alpha, sigma, log(alpha) - log(sigma)
+            levels = np.full_like(sigma, alpha), sigma, log(alpha) - log(sigma)
             self._prepare(*levels)
         self._levels = [*zip(*levels, strict=True)]
         self.timesteps, self.num_inference_steps = timesteps, len(timesteps)
@@ -116,9 +116,12 @@ class ExponentialIntegrator(SigmaScheduler):
             x0 = sample - self.sigmas[i] * model_output
         else:
             x0 = predicted_x0(model_output, sample, alpha, sigma, c.prediction_type)
-        if c.thresholding:
-            x0 = threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
+        x0 = self._thresholded(x0)
         return x0 if self.predict_x0 else predicted_eps(x0, sample, alpha, sigma, "sample")
+
+    def _thresholded(self, x0):
+        c = self.config
+        return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value) if c.thresholding else x0
 
     def _remember(self, converted):
         self.model_outputs = [*self.model_outputs[1:], converted]

@@ -64,7 +64,7 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
         n = self._check_steps(num_inference_steps if sigmas is None else len(sigmas))
         table = self._table_sigmas() if sigmas is None else np.array(sigmas)
         flowing = (lambda n: flow(n, c.num_train_timesteps)) if sigmas is None else lambda n: table
-        self._visit(self._spaced(n, skip_last=True), table, lambda n: self._shifted(flowing(n), mu))
+        self._visit(n, self._spaced(n, skip_last=True), table, lambda n: self._shifted(flowing(n), mu))
         if self.solver_p is not None:
             self.solver_p.set_timesteps(self.num_inference_steps)
 
@@ -123,7 +123,7 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
         return combine((keep, -fall - sum(weights), *weights), (sample, first, *outputs))
 
     def _prepare(self, alpha, sigma, lambdas):
-        """Of all steps: h, the factors of sample and newest output, B(h), and what the other weights reproduce.
+        """Of all steps: h, the factors of sample and newest output, B(h), what the other weights reproduce.
 
         For eps (predict_x0=False) h has the other sign, and alpha and sigma change places.
         """

@@ -1,0 +1,201 @@
+"""DPM-Solver and DPM-Solver++: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095.
+
+A step multiplies the sample, and adds to it the integral over a polynomial in lambda: that of eps (dpmsolver)
+or of x0 (dpmsolver++, stable under guidance), by its value and derivatives at one point. Each exists for the
+ordinary and for the stochastic differential equation (sde-, with fresh noise in each step). The four are one
+rule: what differs is a handful of numbers (`_weights`).
+"""
+
+import math
+
+import numpy as np
+
+from minidiff.schedulers.exponential import ExponentialIntegrator
+from minidiff.schedulers.schedule import combine, log, space_timesteps
+from minidiff.schedulers.sigmas import SPREADS
+
+HEUN = ("midpoint", "heun")
+
+
+def exp(x) -> np.float32:
+    """e^x for a float32 number, rounded once, like `log`."""
+    return np.float32(math.exp(x))
+
+
+class DPMSolver(ExponentialIntegrator):
+    """Base of the multistep and the singlestep solver, which differ in the points of their polynomial."""
+
+    algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
+    bend = 1  # times the second divided difference is taken for the second derivative; None: a line, no curve
+
+    def _choose_algorithm(self):
+        """Takes the algorithm out of the config, with the names that other solvers' configs come with."""
+        self._check_order()
+        algorithm = self._replace("algorithm_type", ("deis",), self.algorithms)
+        self._replace("solver_type", ("logrho", "bh1", "bh2"), HEUN)
+        self.predict_x0, self.stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
+        self.learned = self.config.get("variance_type") in ("learned", "learned_range")
+        if not self.predict_x0 and self.config.final_sigmas_type == "zero":
+            raise ValueError(
+                f"algorithm_type {algorithm!r} can't end at sigma 0, where eps says nothing: set "
+                "final_sigmas_type='sigma_min', or take dpmsolver++ or sde-dpmsolver++"
+            )
+
+    def _choose_timesteps(self, num_inference_steps, mu, timesteps, spacing="linspace", steps_offset=0):
+        """What set_timesteps does; spacing and steps_offset are those of `space_timesteps`."""
+        c, shift = self.config, self._shift(mu)
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
+        if timesteps is None:
+            n, N = self._check_steps(num_inference_steps), c.num_train_timesteps
+            timesteps = space_timesteps(spacing, N, n, steps_offset, skip_last=True, end=self._end())
+        else:
+            for key in (*SPREADS, "use_lu_lambdas", "use_flow_sigmas"):
+                if c.get(key):
+                    raise ValueError(f"timesteps can't be given with {key}=True, which chooses them")
+            timesteps = self._whole(timesteps)
+            n = len(timesteps)
+        self._visit(n, timesteps, self._table_sigmas(), lambda n: self._flow_sigmas(n, shift))
+
+    def _end(self):
+        """The timestep below which sampling stays: from there on lambda is under lambda_min_clipped."""
+        with np.errstate(divide="ignore"):
+            lambdas = log(np.sqrt(self.alphas_cumprod)) - log(np.sqrt(1 - self.alphas_cumprod))
+        clipped = np.searchsorted(lambdas[::-1], np.float32(self.config.lambda_min_clipped))
+        return self.config.num_train_timesteps - int(clipped)
+
+    def _without_variance(self, model_output, sample):
+        """The prediction alone, where the model says its variance in further channels."""
+        learned = self.learned and self.config.prediction_type == "epsilon" and sample.ndim > 1
+        return model_output[:, : sample.shape[1]] if learned else model_output
+
+    def _check_shapes(self, model_output, sample):
+        super()._check_shapes(self._without_variance(model_output, sample), sample)
+
+    def _convert(self, model_output, i, sample):
+        prediction = self._without_variance(model_output, sample)
+        return super()._convert(prediction, i, sample, through_x0=self.config.thresholding)
+
+    def update(self, model_output, i, sample, noise):
+        """Lu et al. 2022: arXiv:2211.01095, algorithms 1 and 2, and arXiv:2206.00927, algorithms 1 to 5."""
+        self._remember(self._convert(model_output, i, sample))
+        order = self._order(i)
+        start, others, sample = self._points(i, order, sample)
+        outputs = self._recent(order)  # outputs[i - k] is what the model said at sigmas[k]
+        first, lambda_s = outputs[i - start], self._levels[start][2]
+        h, keep, noisy, *c = self._weights(start, i + 1, order)
+        weights, parts = [keep, c[0]], [sample, first]
+        nodes, slopes = [], []
+        for k in others:
+            nodes.append((self._levels[k][2] - lambda_s) / h)
+            slope = outputs[i - k] - first
+            slope *= 1 / nodes[-1]
+            slopes.append(slope)
+        if order > 1:
+            weights.append(c[1])
+            parts.append(slopes[0])
+        if order > 2:
+            turn = c[1] if self.bend is None else self.bend * c[2] - c[1] * nodes[0]
+            weights.append(turn if self.bend is None else turn / (nodes[1] - nodes[0]))
+            parts.append(slopes[1] - slopes[0])
+        if self.stochastic:
+            weights.append(noisy)
+            parts.append(noise())
+        self._count()
+        return combine(weights, parts), None
+
+    def _weights(self, start, end, order):
+        """h, the factors of sample and noise, and those of the output at sigmas[start] and its derivatives.
+
+        In float32 and in diffusers' order, since they cancel: for small h, another changes the third digit.
+        """
+        (alpha_s, sigma_s, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[start], self._levels[end]
+        h, noisy, half = lambda_t - lambda_s, None, 0.5
+        kept, share, signed = sigma_t / sigma_s, alpha_t, -h
+        if not self.predict_x0:
+            kept, share, signed = alpha_t / alpha_s, sigma_t, h
+        if self.stochastic:
+            noisy = sigma_t * np.sqrt(abs(exp(2 * signed) - 1))
+            if self.predict_x0:
+                kept, signed, half = kept * exp(signed), 2 * signed, -0.5  # half is 0.5 by derivation
+            else:
+                share = 2 * share
+        rise = exp(signed) - 1
+        value = -(share * rise)
+        if order == 2 and self.config.solver_type == "midpoint":
+            return h, kept, noisy, value, value / 2
+        slope = -(share * (rise / signed - 1))
+        return h, kept, noisy, value, slope, -(share * ((rise - signed) / (signed * signed) - half))
+
+
+class DPMSolverMultistepScheduler(DPMSolver):
+    """The most used solver: good pictures in 15 to 25 steps, one model call each.
+
+    solver_order: 2 with guidance, 3 without. algorithm_type "dpmsolver++", "dpmsolver", "sde-dpmsolver++" or
+    "sde-dpmsolver" (order 1 and 2). solver_type, of order 2: "midpoint" or "heun". lower_order_final: with
+    fewer than 15 steps the last ones are of lower order; euler_at_final: the last one always is.
+    use_lu_lambdas: sigmas evenly spread in their logarithm. lambda_min_clipped: sampling starts where lambda
+    is no less. variance_type "learned" or "learned_range": the model predicts a variance, too, which is not
+    used. use_flow_sigmas, flow_shift, use_dynamic_shifting, time_shift_type: for rectified-flow models.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas=None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
+        euler_at_final: bool = False, use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False, use_lu_lambdas: bool = False, use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0, final_sigmas_type: str = "zero", lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ):  # fmt: skip
+        self._make_tables()
+        self._choose_algorithm()
+        self._forget()
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu=None, timesteps=None):
+        """Chooses timesteps and sigmas: num_inference_steps of them, or those of a list of timesteps.
+
+        mu: the shift of use_dynamic_shifting. device has no effect.
+        """
+        c = self.config
+        self._choose_timesteps(num_inference_steps, mu, timesteps, c.timestep_spacing, c.steps_offset)
+
+    def _spread(self, lowest, highest, n):
+        if not self.config.use_lu_lambdas or self.config.use_karras_sigmas:
+            return super()._spread(lowest, highest, n)
+        start, end = float(np.log(highest)), float(np.log(lowest))
+        return np.exp(start + np.linspace(0, 1, n) * (end - start))  # Lu et al. 2022
+
+    def _rounds(self):
+        c = self.config
+        return (c.use_karras_sigmas or c.use_lu_lambdas) and c.beta_schedule != "squaredcos_cap_v2"
+
+    def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
+             return_dict: bool = True):  # fmt: skip
+        """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample.
+
+        generator draws the noise of the stochastic algorithms, in float32, or variance_noise is it.
+        """
+        noise = self._noise(model_output, sample, generator, variance_noise, np.float32)
+        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+
+    def _order(self, i):
+        c, order = self.config, super()._order(i)
+        if i == len(self.timesteps) - 1 and (c.euler_at_final or c.final_sigmas_type == "zero"):
+            return 1
+        if self._levels[i][2] == self._levels[i + 1][2]:
+            return 1  # a step of no length, as at the end of Karras sigmas; diffusers has 0 / 0 there, NaN
+        if order == 3 and not self._has_third_order():
+            raise ValueError(f"{c.algorithm_type} has orders 1 and 2: set solver_order=2")
+        return order
+
+    def _has_third_order(self):
+        return self.config.algorithm_type != "sde-dpmsolver"
+
+    def _points(self, i, order, sample):
+        """Where the polynomial starts, its other points, and the sample at its start: from here back."""
+        return i, range(i - 1, i - order, -1), sample
