@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minidiff.boundary import is_tensor, to_numpy
+from minidiff.boundary import to_numpy
 from minidiff.schedulers.schedule import Scheduler
 
 
@@ -21,7 +21,7 @@ class CountingScheduler(Scheduler):
 
     def _refuse_integer(self, timestep):
         """ValueError for an integer: most likely an index, where a timestep, maybe a fraction, is meant."""
-        if isinstance(timestep, int) or (is_tensor(timestep) and not timestep.is_floating_point()):
+        if to_numpy(timestep).dtype.kind in "iub":
             raise ValueError(
                 f"timestep is the integer {timestep}; {type(self).__name__} takes one of .timesteps, no index"
             )

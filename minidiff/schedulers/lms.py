@@ -4,6 +4,7 @@ import numpy as np
 
 from minidiff.schedulers.exploding import ExplodingScheduler, derivative
 from minidiff.schedulers.schedule import combine
+from minidiff.schedulers.sigmas import karras
 from minidiff.schedulers.unipc import solve_vandermonde
 
 
@@ -23,6 +24,11 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         """Chooses num_inference_steps timesteps and their sigmas. device has no effect."""
         self._lay_out(num_inference_steps)
         self.derivatives = []  # the newest at the end
+
+    def _spread(self, lowest, highest, n):
+        if self.config.use_karras_sigmas:  # without bounds, as in diffusers
+            return karras(float(lowest), float(highest), n)
+        return super()._spread(lowest, highest, n)
 
     def step(self, model_output, timestep, sample, order: int = 4, return_dict: bool = True):
         """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample.
