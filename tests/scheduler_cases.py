@@ -117,7 +117,8 @@ OWN = {  # where a class differs
     # their constructors lay out all training timesteps, one by one: 0.1 s for 1000
     "KDPM2DiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
     "KDPM2AncestralDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
-    "LMSDiscreteScheduler": {"num_train_timesteps": [1000, 100, 100]},
+    "LMSDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
+    "HeunDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
 }  # fmt: skip
 
 

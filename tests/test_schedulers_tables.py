@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr as rescale_in_diffusers
 from parity import assert_close, both
-from scheduler_lists import BETAS, EXPLODING, NAMES, SPACED, parameters, with_option
+from scheduler_lists import BETAS, EXPLODING, NAMES, SLOW, SPACED, parameters, quicker, with_option
 
 import minidiff
 from minidiff.schedulers.schedule import linspace, rescale_zero_terminal_snr
@@ -18,8 +18,6 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TABLE = 1e-6  # torch's float32 square root is off by one bit in 0.7 % of the cases: 1.2e-7
 STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 61, 77, 100, 103, 250, 333, 500, 600, 999, 1000)
 FEW_STEPS = tuple(n for n in STEPS if n <= 100)
-# diffusers lays out the timesteps of these one by one, all 1000 already in the constructor: 0.1 s
-SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
 
 def assert_same_schedule(ours, theirs, rtol=TABLE):
@@ -33,7 +31,7 @@ def assert_same_schedule(ours, theirs, rtol=TABLE):
         assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     else:
         assert ours.timesteps.dtype == np.float32
-        if (theirs.timesteps == theirs.timesteps.round()).all():
+        if theirs.order == 1 and (theirs.timesteps == theirs.timesteps.round()).all():
             assert ours.timesteps.tolist() == theirs.timesteps.tolist()
         # in units of one timestep; a last bit of log sigma, between whose neighbours they are
         assert_close(ours.timesteps, theirs.timesteps, rtol=TABLE, atol=2e-5)
@@ -42,7 +40,8 @@ def assert_same_schedule(ours, theirs, rtol=TABLE):
         assert_close(ours.sigmas, theirs.sigmas, rtol=rtol)
     if hasattr(theirs, "init_noise_sigma"):  # flow matching: 1
         assert_close(ours.init_noise_sigma, theirs.init_noise_sigma, rtol=rtol)
-    if hasattr(theirs, "num_inference_steps"):
+    # ours is never None after set_timesteps, as EDMEuler's is with a caller's sigmas
+    if ours.num_inference_steps is not None and theirs.num_inference_steps is not None:
         assert ours.num_inference_steps == theirs.num_inference_steps
 
 
@@ -128,10 +127,7 @@ def test_only_sigma_schedulers_lift_the_last_entry_of_a_zero_snr_table(name):
 def test_the_schedule_equals_diffusers_for_any_number_of_steps(name, spacing, offset):
     if not is_spacing_of(name, spacing):
         return
-    n_train = 100 if name in SLOW else 1000
-    ours, theirs = both(
-        name, timestep_spacing=spacing, steps_offset=offset, num_train_timesteps=n_train, beta_end=0.02
-    )
+    ours, theirs = both(name, **quicker(name, timestep_spacing=spacing, steps_offset=offset))
     for n in FEW_STEPS if name in SLOW else STEPS:
         if n < 4 and name == "PNDMScheduler":
             continue  # too few for Runge-Kutta: refused by both
@@ -200,16 +196,15 @@ SPREADS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 @pytest.mark.parametrize("name", with_option("use_beta_sigmas"))
 def test_spread_sigmas_and_their_timesteps_equal_diffusers(name, spread, more):
     takes = parameters(name)
-    config = {spread: True}
-    if name in SLOW:
-        config["num_train_timesteps"] = 100
-    if more == "cosine" and "beta_schedule" in takes:
+    config = quicker(name, **{spread: True})
+    if more == "cosine" and "beta_schedule" in takes and name != "KDPM2AncestralDiscreteScheduler":
+        # there, steps are so long that a root of 0 is a root of a negative number in diffusers
         config["beta_schedule"] = "squaredcos_cap_v2"
     if more == "to sigma_min" and "final_sigmas_type" in takes:
         config["final_sigmas_type"] = "sigma_min"
     if more == "bounds":  # a foreign key in most classes, which from_config carries along and diffusers obeys
         config |= {"sigma_min": 0.1, "sigma_max": 0.9 if name.startswith("FlowMatch") else 12.0}
-    if more == "" or len(config) > 1:
+    if more == "" or len(config) > len(quicker(name)) + 1:
         for n in (1, 2, 5, 10, 25, 50):
             ours = getattr(minidiff, name).from_config(config)
             theirs = getattr(diffusers, name).from_config(config)
@@ -272,8 +267,8 @@ SCHEDULES_OF_THEIR_OWN = [
     ("EulerDiscreteScheduler", {}, {"sigmas": [14.0, 7.0, 1.0, 0.1, 0.0]}),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"sigmas": np.array([11.0, 2.0, 0.1, 0.0])}),
     ("HeunDiscreteScheduler", {}, {"num_train_timesteps": 500}),
-    ("KDPM2DiscreteScheduler", {}, {"num_train_timesteps": 500}),
-    ("KDPM2AncestralDiscreteScheduler", {}, {"num_train_timesteps": 500}),
+    ("KDPM2DiscreteScheduler", {"num_train_timesteps": 100}, {"num_train_timesteps": 70}),
+    ("KDPM2AncestralDiscreteScheduler", {"num_train_timesteps": 100}, {"num_train_timesteps": 70}),
     ("LCMScheduler", {}, {"original_inference_steps": 100}),
     ("LCMScheduler", {}, {"strength": 0.5}),
     ("LCMScheduler", {}, {"timesteps": [999, 759, 499, 259], "strength": 0.6}),
@@ -338,9 +333,7 @@ def test_a_schedule_that_few_have_equals_diffusers(name, config, arguments):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_first_sample_is_as_noisy_as_in_diffusers(name, spacing):
     config = {"timestep_spacing": spacing} if name in SPACED else {}
-    if name in SLOW:
-        config["num_train_timesteps"] = 100
-    ours, theirs = both(name, 7, **config)
+    ours, theirs = both(name, 7, **quicker(name, **config))
     assert np.isscalar(float(ours.init_noise_sigma))
     assert_close(ours.init_noise_sigma, theirs.init_noise_sigma, rtol=TABLE)
 
