@@ -50,9 +50,9 @@ class PreconditionedScheduler(ExplodingScheduler):
         return sample * (1 / (sigma**2 + self.data_variance) ** 0.5)
 
     def precondition_noise(self, sigma):
-        """c_noise: what the network is told in place of sigma, a number, array or tensor."""
-        sigmas = np.atleast_1d(np.asarray(to_numpy(sigma), np.float32))
-        return 0.25 * log(sigmas) if not hasattr(sigma, "dtype") else like(0.25 * log(sigmas), sigma)
+        """c_noise: what the network is told in place of sigma, an array or tensor; (1,) for a number."""
+        c_noise = np.asarray(0.25 * log(np.asarray(to_numpy(sigma), np.float32)))
+        return like(c_noise, sigma) if hasattr(sigma, "dtype") else c_noise.reshape(1)
 
     def precondition_outputs(self, sample, model_output, sigma):
         """x0 = c_skip x + c_out F, F the network's output. "v_prediction" models have c_out's other sign."""

@@ -36,7 +36,9 @@ def ancestral_levels(sigma, target):
     With DDPM's share of noise, eta 1: up^2 + down^2 = target^2 (Song et al. 2020, arXiv:2010.02502, eq. 16).
     """
     up = np.sqrt(target * target * (sigma * sigma - target * target) / (sigma * sigma))
-    return np.sqrt(np.maximum(target * target - up * up, np.float32(0))), up  # rounding may take it below 0
+    rest = target * target - up * up
+    # Where rounding leaves nothing of it, the exact form; diffusers has NaN or 0 there.
+    return np.where(rest > 0, np.sqrt(np.abs(rest)), target * target / sigma), up
 
 
 class ExplodingScheduler(SigmaScheduler):

@@ -46,7 +46,9 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         """
         sigma = self.sigmas[i]
         x0 = self._predicted_x0(model_output, sample, sigma)
-        self.derivatives = [*self.derivatives, derivative(sample, x0, sigma)][-order:]
+        self.derivatives.append(derivative(sample, x0, sigma))
+        if len(self.derivatives) > order:
+            self.derivatives.pop(0)
         weights = self._weights(min(i + 1, order), i)
         known = [self._array(d) for d in self.derivatives[::-1]][: len(weights)]
         prev = combine(weights[: len(known)], known)
