@@ -31,7 +31,7 @@ def sample(
     *,
     timesteps=None,
     generator=None,
-    eta: float = 0.0,
+    eta: float | None = None,
     use_clipped_model_output: bool = False,
 ) -> Iterator[Step]:
     """Walks from noise to data and yields a `Step` after each timestep: the whole of sampling.
@@ -40,11 +40,11 @@ def sample(
     and out. latents: noise of that shape, already times scheduler.init_noise_sigma. timesteps: a part of
     scheduler.timesteps (image-to-image starts late); all of them if None. generator, eta and
     use_clipped_model_output reach the schedulers whose step takes them: a deterministic one has no use for
-    them.
+    them. eta is the scheduler's own if None: 0 for DDIM, 0.3 for TCD.
     """
     options = {"generator": generator, "eta": eta, "use_clipped_model_output": use_clipped_model_output}
     accepted = inspect.signature(scheduler.step).parameters
-    options = {name: value for name, value in options.items() if name in accepted}
+    options = {name: options[name] for name in options if name in accepted and options[name] is not None}
     for index, t in enumerate(scheduler.timesteps if timesteps is None else timesteps):
         model_output = predict(scheduler.scale_model_input(latents, t), t)
         result = scheduler.step(model_output, t, latents, **options)

@@ -68,6 +68,7 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _predict(self, x, t):
         """The U-Net on arrays: (B, C, H, W) and a timestep -> (B, C, H, W)."""
+        t = torch.as_tensor(t)  # of a plain number, the U-Net would cut off the fraction, as diffusers' does
         return like(to_numpy(self.unet(like(x, self.unet.conv_in.weight), t).sample), x)
 
 
