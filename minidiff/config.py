@@ -5,6 +5,7 @@ at their default: only explicitly set values travel to another class (`from_conf
 that we do not implement only with the one value that means "off"; any other value is refused by name.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -83,18 +84,28 @@ class Configured:
         write_json(Path(save_directory) / self.config_name, head | values)
 
 
-def write_json(path, values):
-    """Writes values to path through a temporary file, so that an interruption leaves nothing half-written."""
+@contextlib.contextmanager
+def replacing(path):
+    """The name of a temporary file beside path, which takes path's place if the block ends without an error.
+
+    So an interruption or a full disk leaves the old file, or none. The folder is made where there is none.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(
-            json.dumps(values, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
-        )
+        yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an error of the block is the one to report
+            temporary.unlink()
+
+
+def write_json(path, values):
+    """Writes values to path, complete or not at all."""
+    text = json.dumps(values, indent=2, sort_keys=True, default=_jsonable) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _jsonable(value):

@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
+from minidiff import config
 from minidiff.checkpoints.errors import CheckpointError
 
 MAX_TEXT_BYTES = 16 << 20  # the largest real one, SDXL's tokenizer.json, has 4 MB
@@ -119,21 +120,9 @@ def _number(constant):
 
 @contextlib.contextmanager
 def replacing(path):
-    """The name of a temporary file beside path, which takes path's place if the block ends without an error.
-
-    So an interruption or a full disk leaves the old file, or none. CheckpointError where path can't be
-    written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """`config.replacing` with a CheckpointError where path can't be written."""
+    with writing(path), config.replacing(path) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -5,18 +5,19 @@ import re
 from pathlib import Path
 
 import minidiff
+from minidiff.config import replacing
 
 
-def check_out(out: str | None):
+def check_out(out: str | None, option: str = "--out"):
     """Raises ValueError, before any work is done, where no picture could be written to `out`."""
     folder = Path(out or ".") if _is_folder(out) else Path(out).parent
     if not folder.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {folder}")
+        raise ValueError(f"{option} {out}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: nobody may write into the folder {folder}")
+        raise ValueError(f"{option} {out}: nobody may write into the folder {folder}")
     if not _is_folder(out) and Path(out).suffix.lower() != ".png":
         raise ValueError(
-            f"--out {out}: pictures become PNG files, which carry their settings; end it in .png"
+            f"{option} {out}: pictures become PNG files, which carry their settings; end it in .png"
         )
 
 
@@ -44,12 +45,8 @@ def write_picture(image, path: Path, settings: dict[str, object]):
     chunks = PngInfo()
     for name, value in (settings | versions()).items():
         chunks.add_itxt(name, str(value))  # iTXt, because a prompt may be in any script
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_settings(path: str, command: str) -> dict[str, str]:

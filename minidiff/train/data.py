@@ -5,13 +5,13 @@ A chunk is complete or absent, so rendering resumes where it stopped, and a pict
 is drawn again from its number.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from minidiff.config import replacing
 from minidiff.scenes import Scene, held_out, random_scene, render
 
 CHUNK = 500  # pictures a file
@@ -50,9 +50,5 @@ def _render_chunk(folder, seed, chunk):
     pictures = [
         render(training_scene(n, seed), PICTURE_SIZE) for n in range(chunk * CHUNK, (chunk + 1) * CHUNK)
     ]
-    temporary = folder / f".pictures-{seed}-{chunk:04d}.{os.getpid()}.tmp.npy"
-    try:
-        np.save(temporary, np.stack(pictures))
-        os.replace(temporary, _chunk_file(folder, seed, chunk))
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(_chunk_file(folder, seed, chunk)) as temporary, temporary.open("wb") as file:
+        np.save(file, np.stack(pictures))  # to a file, since np.save would add .npy to a name

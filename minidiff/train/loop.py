@@ -11,13 +11,14 @@ updates the float32 original: several times faster, at no loss that we could mea
 
 import copy
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from minidiff.config import replacing
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -161,20 +162,14 @@ class Trainer:
 
     def save(self):
         """Writes the state, complete or not at all."""
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(
-                {
-                    "module": self.module.state_dict(),
-                    "average": self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "clock": {"step": self.step, "seconds": self.seconds, "loss": self.loss},
-                },
-                temporary,
-            )
-            os.replace(temporary, self.file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        state = {
+            "module": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clock": {"step": self.step, "seconds": self.seconds, "loss": self.loss},
+        }
+        with replacing(self.file) as temporary:
+            torch.save(state, temporary)
 
     def _load(self):
         state = torch.load(self.file, map_location=self.device, weights_only=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from minidiff.config import write_json
+from minidiff.config import replacing, write_json
 from minidiff.models import AutoencoderKL, CLIPTextModel
 from minidiff.schedulers import DDPMScheduler, PNDMScheduler
 from minidiff.train import autoencoder, pixels, scorer, text, text_to_image
@@ -194,9 +194,8 @@ def _stored_latents(job, vae, pictures):
         if len(stored["means"]) == len(pictures):
             return stored["means"], stored["stds"]
     means, stds = text_to_image.encode_pictures(vae, pictures)
-    temporary = file.with_name(".latents.tmp.pt")
-    torch.save({"means": means, "stds": stds}, temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        torch.save({"means": means, "stds": stds}, temporary)
     return means, stds
 
 
