@@ -7,7 +7,7 @@ this is log(rho): eps is taken as a polynomial in log(rho) through its last valu
 import numpy as np
 
 from minidiff.schedulers.exponential import ExponentialIntegrator
-from minidiff.schedulers.schedule import combine
+from minidiff.schedulers.schedule import combine, exp
 
 
 class DEISMultistepScheduler(ExponentialIntegrator):
@@ -56,32 +56,37 @@ class DEISMultistepScheduler(ExponentialIntegrator):
         return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
 
     def _convert(self, model_output, i, sample):
-        c = self.config
-        through_x0 = c.thresholding or c.prediction_type == "flow_prediction"
-        return super()._convert(model_output, i, sample, through_x0)
+        direct = self.config.prediction_type == "epsilon" and not self.config.thresholding
+        return super()._convert(model_output, i, sample, through_x0=not direct)
 
     def update(self, model_output, i, sample):
         """Zhang & Chen 2022, eq. 14 and 15, with polynomials in log(rho)."""
         self._remember(self._convert(model_output, i, sample))
         order = self._order(i)
-        alpha_s, alpha_t = self._levels[i][0], self._levels[i + 1][0]
+        (alpha_s, _, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[i], self._levels[i + 1]
         logs = [log for _, log in self._rho[i - order + 1 : i + 1]][::-1]  # of the outputs, the newest first
-        weights = [alpha_t / alpha_s]
+        outputs = self._recent(order)
+        self._count()
+        if order == 1:  # the integral of 1, written with lambda: near alpha 0 its rounding counts
+            weights = alpha_t / alpha_s, -sigma_t * (exp(lambda_t - lambda_s) - 1)
+            return combine(weights, [sample, *outputs]), None
+        weights = [1]
         for k in range(order):
             others = logs[k + 1 :] + logs[:k]
             ends = [lagrange_integral(*self._rho[at], logs[k], others) for at in (i + 1, i)]
-            weights.append(alpha_t * (ends[0] - ends[1]))
-        self._count()
-        return combine(weights, [sample, *self._recent(order)]), None
+            weights.append(ends[0] - ends[1])
+        prev = combine(weights, [sample / alpha_s, *outputs])
+        prev *= alpha_t
+        return prev, None
 
 
 def lagrange_integral(rho, log_rho, own, others):
-    """The integral up to rho of the polynomial in log(rho) that is 1 at own and 0 at others (at most two)."""
-    value, scale = 1, 1
+    """The integral up to rho of the polynomial in log(rho) that is 1 at own and 0 at the one or two others.
+
+    In float32 and in diffusers' order, since it cancels.
+    """
     if len(others) == 1:
-        value, scale = -others[0] + log_rho - 1, own - others[0]
-    elif others:
-        c, d = others
-        value = c * (d - log_rho + 1) - d * log_rho + d + log_rho * log_rho - 2 * log_rho + 2
-        scale = (own - c) * (own - d)
-    return rho * value / scale
+        return rho * (-others[0] + log_rho - 1) / (own - others[0])
+    c, d = others
+    value = c * (d - log_rho + 1) - d * log_rho + d + log_rho * log_rho - 2 * log_rho + 2
+    return rho * value / ((own - c) * (own - d))

@@ -11,15 +11,8 @@ import math
 import numpy as np
 
 from minidiff.schedulers.exponential import ExponentialIntegrator
-from minidiff.schedulers.schedule import combine, log, space_timesteps
+from minidiff.schedulers.schedule import combine, exp, log, space_timesteps
 from minidiff.schedulers.sigmas import SPREADS
-
-HEUN = ("midpoint", "heun")
-
-
-def exp(x) -> np.float32:
-    """e^x for a float32 number, rounded once, like `log`."""
-    return np.float32(math.exp(x))
 
 
 class DPMSolver(ExponentialIntegrator):
@@ -32,7 +25,7 @@ class DPMSolver(ExponentialIntegrator):
         """Takes the algorithm out of the config, with the names that other solvers' configs come with."""
         self._check_order()
         algorithm = self._replace("algorithm_type", ("deis",), self.algorithms)
-        self._replace("solver_type", ("logrho", "bh1", "bh2"), HEUN)
+        self._replace("solver_type", ("logrho", "bh1", "bh2"), ("midpoint", "heun"))
         self.predict_x0, self.stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
         self.learned = self.config.get("variance_type") in ("learned", "learned_range")
         if not self.predict_x0 and self.config.final_sigmas_type == "zero":
@@ -115,9 +108,10 @@ class DPMSolver(ExponentialIntegrator):
         if not self.predict_x0:
             kept, share, signed = alpha_t / alpha_s, sigma_t, h
         if self.stochastic:
-            noisy = sigma_t * np.sqrt(abs(exp(2 * signed) - 1))
+            grown = exp(2 * signed) - 1
+            noisy = sigma_t * np.sqrt(-grown if self.predict_x0 else grown)
             if self.predict_x0:
-                kept, signed, half = kept * exp(signed), 2 * signed, -0.5  # half is 0.5 by derivation
+                kept, signed, half = kept * exp(signed), 2 * signed, -0.5  # diffusers' sign; derived: 0.5
             else:
                 share = 2 * share
         rise = exp(signed) - 1

@@ -113,7 +113,8 @@ class ExponentialIntegrator(SigmaScheduler):
         if not self.predict_x0 and not through_x0:
             return predicted_eps(model_output, sample, alpha, sigma, c.prediction_type)
         if c.prediction_type == "flow_prediction":  # v = eps - x0
-            x0 = sample - self.sigmas[i] * model_output
+            sigma = self.sigmas[i]
+            x0 = sample - sigma * model_output
         else:
             x0 = predicted_x0(model_output, sample, alpha, sigma, c.prediction_type)
         x0 = self._thresholded(x0)

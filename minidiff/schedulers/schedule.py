@@ -152,6 +152,11 @@ def log(x) -> np.float32:
     return np.log(x, dtype=np.float64).astype(np.float32)
 
 
+def exp(x) -> np.float32:
+    """e^x for a float32 number, rounded once, like `log`."""
+    return np.float32(math.exp(x))
+
+
 def combine(weights, arrays) -> np.ndarray:
     """The sum of weights times arrays, all of one shape: a new array with the dtype of the first."""
     total = weights[0] * arrays[0]
