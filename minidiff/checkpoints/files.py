@@ -35,6 +35,29 @@ MAX_PICKLE_BYTES = 16 << 20  # of the part without the values; real ones have 0.
 # of it be written to. Python has the name since 3.13.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
+
+class _Nothing:
+    """Stands for an object that nobody needs: made of anything, and empty."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The .ckpt files of 2022 hold the state of training beside the weights: a class of Lightning as a key, and
+# scalars of NumPy. torch refuses both, rightly; as nothing they do no harm.
+_BOOKKEEPING = [
+    (_Nothing, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+    )
+]
+
 # What torch's reader raises on damaged archives and pickles; fuzzing found no other.
 _DAMAGED = (
     RuntimeError,
@@ -156,7 +179,8 @@ class PickleFile:
 
     def _load(self):
         try:
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zipped)
+            with torch.serialization.safe_globals(_BOOKKEEPING):
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zipped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{self.path} is damaged or holds more than tensors, and loading that can "
                                   "run any program; ask its author for safetensors") from error  # fmt: skip

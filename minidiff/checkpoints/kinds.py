@@ -7,6 +7,7 @@ weights, where the key is not left at the default of its class. Nothing here imp
 import re
 from dataclasses import dataclass, field
 
+from minidiff.checkpoints import ldm
 from minidiff.checkpoints.errors import CheckpointError
 from minidiff.config import DIFFUSERS_VERSION
 
@@ -21,7 +22,6 @@ _VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
-    "sample_size": 512,
 }
 _UNET = {  # the rest are the class's defaults, which were made for Stable Diffusion 1
     "_class_name": "UNet2DConditionModel",
@@ -117,8 +117,9 @@ class Kind:
         return Kind(self.title, self.pipeline, configs, self.options)
 
 
-def _kind(title, pipeline, unet, text_encoder, tokenizer, scheduler):
-    parts = {"vae": _VAE, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+def _kind(title, pipeline, unet, text_encoder, tokenizer, scheduler, vae_size=512):
+    vae = _VAE | {"sample_size": vae_size}
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
     return Kind(title, pipeline, parts | {"scheduler": scheduler})
 
 
@@ -130,32 +131,21 @@ def _kind_xl(title, pipeline, unet):
 
 
 _INPAINTING = {"in_channels": 9}  # the latents, a mask, and the latents of what the mask leaves
+# 2.0 and 2.1 for 768 x 768 predict v, those for 512 x 512 ("base") the noise
+_UNET_2_V = _UNET_2 | {"sample_size": 96, "upcast_attention": True}
+_DDIM_V = _DDIM | {"prediction_type": "v_prediction"}
+_PNDM_2 = _PNDM | {"prediction_type": "epsilon"}
 _SD, _SD_INPAINT = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
 _XL, _XL_INPAINT = "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"
 
 SD1 = _kind("Stable Diffusion 1", _SD, _UNET, _TEXT_L, _END, _PNDM)
 SD1_INPAINTING = _kind(
-    "Stable Diffusion 1 for inpainting", _SD_INPAINT, _UNET | _INPAINTING, _TEXT_L, _END, _DDIM
+    "Stable Diffusion 1 for inpainting", _SD_INPAINT, _UNET | _INPAINTING, _TEXT_L, _END, _DDIM, vae_size=256
 )
-# 2.0 and 2.1 for 768 x 768 predict v, those for 512 x 512 ("base") the noise
-SD2_V = _kind(
-    "Stable Diffusion 2",
-    _SD,
-    _UNET_2 | {"sample_size": 96, "upcast_attention": True},
-    _TEXT_H,
-    _BANG,
-    _DDIM | {"prediction_type": "v_prediction"},
-)
-SD2_BASE = _kind(
-    "Stable Diffusion 2 base", _SD, _UNET_2, _TEXT_H, _BANG, _PNDM | {"prediction_type": "epsilon"}
-)
+SD2_V = _kind("Stable Diffusion 2", _SD, _UNET_2_V, _TEXT_H, _BANG, _DDIM_V, vae_size=768)
+SD2_BASE = _kind("Stable Diffusion 2 base", _SD, _UNET_2, _TEXT_H, _BANG, _PNDM_2, vae_size=768)
 SD2_INPAINTING = _kind(
-    "Stable Diffusion 2 for inpainting",
-    _SD_INPAINT,
-    _UNET_2 | _INPAINTING,
-    _TEXT_H,
-    _BANG,
-    _PNDM | {"prediction_type": "epsilon"},
+    "Stable Diffusion 2 for inpainting", _SD_INPAINT, _UNET_2 | _INPAINTING, _TEXT_H, _BANG, _PNDM_2
 )
 SDXL = _kind_xl("Stable Diffusion XL", _XL, _UNET_XL)
 SDXL_INPAINTING = _kind_xl("Stable Diffusion XL for inpainting", _XL_INPAINT, _UNET_XL | _INPAINTING)
@@ -174,19 +164,6 @@ NOT_HERE = {  # the same, for models that minidiff does not have
     (1024, 7): "Stable Diffusion's upscaler",
     (1280, 4): "the refiner of Stable Diffusion XL",
 }
-FOREIGN = (  # names that other files have, for a better error
-    (r".*lora_(up|down|A|B)\..+|lora_(unet|te\d?)_.+", "a LoRA, which changes a model and is none"),
-    (r"control_model\..+|.*controlnet_.+", "a ControlNet"),
-    (r"emb_params|string_to_param.*|clip_[lg]", "a textual inversion: a token, not a model"),
-    (r".*(joint_blocks|double_blocks|single_blocks)\..+", "a transformer (Stable Diffusion 3, FLUX, ...)"),
-    (
-        r"((down|up|mid)_blocks?\..+|.*(encoder|decoder)\.(down|up|mid)_blocks?\..+|conv_in\.weight"
-        r"|(text_model\.)?(embeddings|encoder\.layers)\..+)",
-        "one part in diffusers' layout: put it into a folder with its config.json, and load that with "
-        "from_pretrained",
-    ),
-    (r"input_blocks\..+", "a U-Net without the prefix model.diffusion_model."),
-)
 
 
 def recognise(shapes: dict, where, prediction_type: str | None = None) -> Kind:
@@ -198,7 +175,7 @@ def recognise(shapes: dict, where, prediction_type: str | None = None) -> Kind:
     """
     contexts = [shape for name, shape in shapes.items() if CONTEXT.fullmatch(name)]
     if FIRST not in shapes or len(shapes[FIRST]) != 4 or not contexts or len(contexts[0]) != 2:
-        raise CheckpointError(f"{where} holds no U-Net of Stable Diffusion: {explain(shapes)}")
+        raise CheckpointError(f"{where} holds no U-Net of Stable Diffusion: {ldm.explain(shapes)}")
     sizes = contexts[0][1], shapes[FIRST][1]
     if sizes in NOT_HERE:
         raise CheckpointError(f"{where} is {NOT_HERE[sizes]}, which minidiff does not have")
@@ -215,11 +192,3 @@ def recognise(shapes: dict, where, prediction_type: str | None = None) -> Kind:
             "scheduler", prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in shapes
         )
     return kind if prediction_type is None else kind.changed("scheduler", prediction_type=prediction_type)
-
-
-def explain(names) -> str:
-    """What a file is that is no single file of Stable Diffusion, from its tensors' names."""
-    for pattern, what in FOREIGN:
-        if any(re.fullmatch(pattern, name, re.DOTALL) for name in names):
-            return f"it is {what}"
-    return f"its tensors are {', '.join(sorted(names)[:4]) or 'none'}{', ...' if len(names) > 4 else ''}"

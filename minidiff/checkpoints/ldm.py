@@ -166,6 +166,20 @@ IGNORED = (  # (names, why they are not needed)
     ),
 )
 
+FOREIGN = (  # names that other files have, for a better error
+    (r".*lora_(up|down|A|B)\..+|lora_(unet|te\d?)_.+", "a LoRA, which changes a model and is none"),
+    (r"control_model\..+|.*controlnet_.+", "a ControlNet"),
+    (r"emb_params|string_to_param.*|clip_[lg]", "a textual inversion: a token, not a model"),
+    (r".*(joint_blocks|double_blocks|single_blocks)\..+", "a transformer (Stable Diffusion 3, FLUX, ...)"),
+    (
+        r"((down|up|mid)_blocks?\..+|.*(encoder|decoder)\.(down|up|mid)_blocks?\..+|conv_in\.weight"
+        r"|(text_model\.)?(embeddings|encoder\.layers)\..+)",
+        "one part in diffusers' layout: put it into a folder with its config.json, and load that with "
+        "from_pretrained",
+    ),
+    (r"input_blocks\..+", "a U-Net without the prefix model.diffusion_model."),
+)
+
 NUMBER = "([0-9]{1,6})"
 
 
@@ -198,7 +212,21 @@ def convert(names, prefix: str, table: tuple, where) -> dict[str, Source]:
 def unknown_names(names, where) -> CheckpointError:
     """The error for names that have no meaning in this layout."""
     listed = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return CheckpointError(f"{where} has {len(names)} tensors that no model here has: {listed}")
+    what = _foreign(names)
+    return CheckpointError(f"{where} has {len(names)} tensors that no model here has: {listed}"
+                           f"{what and f'; it is {what}'}")  # fmt: skip
+
+
+def explain(names) -> str:
+    """What a file is that is no single file of Stable Diffusion, from its tensors' names."""
+    listed = ", ".join(sorted(names)[:4]) or "none"
+    return f"it is {_foreign(names)}" if _foreign(names) else f"its tensors are {listed}, ..."
+
+
+def _foreign(names):
+    """What a file with these names is in the words of FOREIGN; empty if nothing there."""
+    fitting = (what for pattern, what in FOREIGN if any(re.fullmatch(pattern, n, re.DOTALL) for n in names))
+    return next(fitting, "")
 
 
 def _rows_for(name, table):

@@ -176,7 +176,7 @@ def _by_part(names, path) -> tuple[dict, list]:
     if not found and all(name.startswith(ldm.ALONE) for name in unknown):
         found, unknown = {"vae": ("", ldm.VAE, unknown)} if unknown else {}, []
     if not found or ("vae" in found and any(".down_blocks." in name for name in found["vae"][2])):
-        raise CheckpointError(f"{path} is no single file of Stable Diffusion: {kinds.explain(names)}")
+        raise CheckpointError(f"{path} is no single file of Stable Diffusion: {ldm.explain(names)}")
     return found, unknown
 
 
