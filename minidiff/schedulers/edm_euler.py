@@ -9,8 +9,8 @@ import numpy as np
 from minidiff.boundary import like, to_numpy
 from minidiff.schedulers.euler import EulerDiscreteScheduler
 from minidiff.schedulers.exploding import ExplodingScheduler
-from minidiff.schedulers.schedule import log
-from minidiff.schedulers.sigmas import exponential, karras
+from minidiff.schedulers.schedule import linspace, log
+from minidiff.schedulers.sigmas import karras, logarithms
 
 
 class PreconditionedScheduler(ExplodingScheduler):
@@ -35,8 +35,9 @@ class PreconditionedScheduler(ExplodingScheduler):
         c = self.config
         if c.sigma_schedule == "karras":
             sigmas = karras(c.sigma_min, c.sigma_max, len(ramp), c.rho, ramp)
-        else:  # laid out upwards, so that a single one is sigma_min, as in diffusers
-            sigmas = exponential(c.sigma_max, c.sigma_min, len(ramp))[::-1]
+        else:  # laid out upwards, so that a single one is sigma_min, and in float32, as in diffusers
+            logs = linspace(*logarithms(c.sigma_min, c.sigma_max), len(ramp))
+            sigmas = np.exp(logs, dtype=np.float64)[::-1]
         self._set_sigmas(sigmas, sigmas[-1])
         self.timesteps = self.precondition_noise(self.sigmas[:-1])
 
@@ -60,10 +61,8 @@ class PreconditionedScheduler(ExplodingScheduler):
         if kind not in self.predictions:
             raise ValueError(f"prediction_type is {kind!r}; it must be {' or '.join(self.predictions)}")
         total = sigma**2 + self.data_variance
-        c_out = sigma * self.data_variance**0.5 / total**0.5
-        return (
-            self.data_variance / total * sample + (-c_out if kind == "v_prediction" else c_out) * model_output
-        )
+        c_skip, c_out = self.data_variance / total, sigma * self.data_variance**0.5 / total**0.5
+        return c_skip * sample + (-c_out if kind == "v_prediction" else c_out) * model_output
 
     def _predicted_x0(self, model_output, sample, sigma):
         return self.precondition_outputs(sample, model_output, sigma)

@@ -31,11 +31,14 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         rescale_betas_zero_snr: bool = False, final_sigmas_type: str = "zero",
     ):  # fmt: skip
         self._make_tables()
-        if self._is_continuous():
-            self.timesteps = 0.25 * log(self.sigmas[:-1])
+        self._tell_logarithms()
 
     def _is_continuous(self):
         return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
+
+    def _tell_logarithms(self):
+        if self._is_continuous():
+            self.timesteps = 0.25 * log(self.sigmas[:-1])
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None):
         """Chooses timesteps and sigmas: num_inference_steps of them, or those of a list of either.
@@ -55,16 +58,13 @@ class EulerDiscreteScheduler(ExplodingScheduler):
             self.timesteps = sigma_to_t(self.sigmas[:-1], np.log(table)).astype(np.float32)
             self.num_inference_steps = len(self.timesteps)
             self._count_anew()
-        if self._is_continuous():
-            self.timesteps = 0.25 * log(self.sigmas[:-1])
+        self._tell_logarithms()
 
     def _sigmas_at(self, timesteps, table, n):
         kind = self.config.interpolation_type
         if kind == "linear":
             return super()._sigmas_at(timesteps, table, n)
-        if (
-            kind == "log_linear"
-        ):  # one more than there are timesteps, as in diffusers: the last is not reached
+        if kind == "log_linear":  # one more than timesteps, as in diffusers: sampling ends early
             return np.exp(linspace(np.log(table[-1]), np.log(table[0]), n + 1), dtype=np.float64)
         raise ValueError(f"interpolation_type is {kind!r}; it must be linear or log_linear")
 
@@ -82,7 +82,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
 
     def update(self, model_output, i, sample, s_churn, s_tmin, s_tmax, s_noise, noise, x0=None):
-        """Karras et al. 2022, algorithm 2 without its lines 7 and 8: more noise, then one straight step."""
+        """Karras et al. 2022, algorithm 2 without its correction: more noise, then one straight step."""
         sigma, target = self.sigmas[i], self.sigmas[i + 1]
         churn = min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
         raised = sigma * (churn + 1)

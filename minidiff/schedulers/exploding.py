@@ -109,9 +109,8 @@ class ExplodingScheduler(SigmaScheduler):
         kind = self.config.prediction_type
         if kind not in self.predictions:
             error = NotImplementedError if kind == "sample" else ValueError
-            raise error(
-                f"prediction_type is {kind!r}; {type(self).__name__} takes {', '.join(self.predictions)}"
-            )
+            known = f"{type(self).__name__} takes {', '.join(self.predictions)}"
+            raise error(f"prediction_type is {kind!r}; {known}")
         if kind == "v_prediction":  # v's alpha x0 + sigma_t eps is x / scale, with alpha = 1 / scale
             scale = sigma * sigma + 1
             return predicted_x0(model_output, sample, 1 / scale, sigma / np.sqrt(scale), kind)
@@ -124,7 +123,7 @@ class ExplodingScheduler(SigmaScheduler):
     def scale_model_input(self, sample, timestep):
         """What the model gets to see of sample (B, C, …) at timestep: scaled as in its training."""
         sigma = self._sigma_seen(self._position(timestep))
-        return like(self._array(sample) / np.sqrt(sigma * sigma + self.data_variance), sample)
+        return like(self._array(sample, "sample") / np.sqrt(sigma * sigma + self.data_variance), sample)
 
     def _alpha_sigma(self, sigma):
         return 1, sigma
@@ -136,5 +135,6 @@ class ExplodingScheduler(SigmaScheduler):
         """
         rows = [self.index_for_timestep(t) for t in self._timestep_list(sample, timesteps)]
         sigma = self._sigmas_of(rows, sample)
-        noise, x0, width = self._array(noise), self._array(sample), self.data_variance**0.5
+        noise, x0 = self._array(noise, "noise"), self._array(sample, "sample")
+        width = self.data_variance**0.5
         return like((width * noise - sigma / width * x0) / np.sqrt(sigma * sigma + width * width), sample)

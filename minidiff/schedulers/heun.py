@@ -47,7 +47,7 @@ class HeunDiscreteScheduler(ExplodingScheduler):
         return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
 
     def update(self, model_output, i, sample):
-        """Karras et al. 2022, algorithm 1: lines 4 and 5 in the first call, 7 and 8 in the second."""
+        """Karras et al. 2022, algorithm 1: its Euler step in the first call, the correction in the second."""
         c, sigma = self.config, self.sigmas[i]
         x0 = self._predicted_x0(model_output, sample, sigma)
         if c.clip_sample:

@@ -89,15 +89,6 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 
     _first_leg = 1
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        beta_schedule: str = "linear", trained_betas=None, use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ):  # fmt: skip
-        self._make_tables()
-        self._lay_out_all()
-
     def _ends(self, sigmas):
         return ancestral_levels(sigmas[:-1], sigmas[1:])
 

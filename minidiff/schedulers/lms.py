@@ -40,7 +40,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         return self._step(self.update, model_output, timestep, sample, order, return_dict=return_dict)
 
     def update(self, model_output, i, sample, order):
-        """Hairer, Nørsett & Wanner 1993, section III.5, eq. 5.2: the integral of the polynomial.
+        """Hairer, Nørsett & Wanner 1993, section III.5: the integral of a polynomial over the step.
 
         A start in the middle has fewer derivatives than weights; the rest counts as 0, as in diffusers.
         """
