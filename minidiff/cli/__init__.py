@@ -16,6 +16,7 @@ COMMANDS = {  # name -> what it does; the module is minidiff.cli.NAME
     "generate": "draw pictures of a text",
     "sample": "draw pictures without a text",
     "compare": "draw a contact sheet: a prompt by many samplers, in different numbers of steps",
+    "samplers": "list the samplers and how fast they converge, and plot it",
     "info": "show what a checkpoint holds",
     "convert": "make a folder of a single file such as v1-5-pruned.ckpt",
     "train": "train the checkpoints that ship with minidiff",
