@@ -21,17 +21,23 @@ def karras(sigma_min: float, sigma_max: float, n: int, rho: float = 7, ramp=None
     """n falling sigmas, dense at little noise (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     rho > 1 is how dense. ramp (n,): the places to take from 0, sigma_max, to 1, sigma_min; evenly if None.
+    float64; before the power it is rounded as ramp is.
     """
     ramp = np.linspace(0, 1, n) if ramp is None else ramp
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (ends[0] + ramp * (ends[1] - ends[0])) ** rho
+    return (ends[0] + ramp * (ends[1] - ends[0])).astype(np.float64) ** rho
 
 
 def exponential(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
     """n falling sigmas, evenly spread in their logarithm. ValueError where one of the ends has none."""
-    if not (sigma_min > 0 and sigma_max > 0):
-        raise ValueError(f"exponential sigmas must stay above 0; they go from {sigma_max} to {sigma_min}")
-    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), n))
+    return np.exp(np.linspace(*logarithms(sigma_max, sigma_min), n))
+
+
+def logarithms(*sigmas: float) -> list[float]:
+    """The logarithms of the ends between which sigmas are to be laid out, or ValueError."""
+    if not min(sigmas) > 0:
+        raise ValueError(f"exponential sigmas must stay above 0; they go from {max(sigmas)} to {min(sigmas)}")
+    return [math.log(sigma) for sigma in sigmas]
 
 
 def beta(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
