@@ -79,7 +79,7 @@ class Configured:
 
     def save_config(self, save_directory):
         """Writes save_directory/config_name, which diffusers reads too; the file is complete or absent."""
-        values = {k: v for k, v in self.config.items() if k != DEFAULTED}
+        values = {k: v for k, v in self.config.items() if k not in (DEFAULTED, "_diffusers_version")}
         head = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
         write_json(Path(save_directory) / self.config_name, head | values)
 

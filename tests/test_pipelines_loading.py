@@ -228,3 +228,17 @@ def test_the_saved_index_is_diffusers(folder, pipe, tmp_path):
     ours, theirs = (json.loads((place / "model_index.json").read_text()) for place in (tmp_path, folder))
     absent = {"safety_checker", "feature_extractor", "image_encoder"}  # null there
     assert ours == {key: value for key, value in theirs.items() if key not in absent}
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "expected"),
+    [("0.2.2", 32, 64), ("0.8.1.dev0", 8, 64), ("0.9.0.dev0", 8, 8), ("0.42.0", 8, 8), ("0.6.0", 96, 96)],
+)
+def test_the_sample_size_that_old_versions_wrote_is_repaired_as_in_diffusers(copy, version, size, expected):
+    edit_json(copy / "unet" / "config.json", _diffusers_version=version, sample_size=size)
+    ours, theirs = load_both("StableDiffusionPipeline", copy)
+    assert ours.unet.config.sample_size == theirs.unet.config.sample_size == expected
+    assert ours.unet.config["_diffusers_version"] == version
+    ours.unet.save_pretrained(copy / "again")
+    again = json.loads((copy / "again" / "config.json").read_text())
+    assert (again["_diffusers_version"], again["sample_size"]) == ("0.42.0", expected)

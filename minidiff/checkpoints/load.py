@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints import files, hub, keys, layout
 from minidiff.checkpoints.errors import CheckpointError
-from minidiff.config import Configured
+from minidiff.config import Config, Configured
 
 
 class PretrainedModel(Configured, nn.Module):
@@ -91,7 +91,10 @@ class PretrainedModel(Configured, nn.Module):
             raise CheckpointError(f"{config_file} describes a {named}, not a {cls.__name__}")
         try:
             with torch.device("meta"), _Undrawn(), _at_most(most_tensors):
-                return cls.from_config(config)
+                model = cls.from_config(config)
+            if "_diffusers_version" in config:  # pipelines repair what old versions wrote
+                model._set_config(Config(model.config | {"_diffusers_version": config["_diffusers_version"]}))
+            return model
         # Values of a wrong type or size fail in as many ways as there are uses of them.
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{config_file}: {error}") from error

@@ -8,6 +8,7 @@ latent picture step by step; a decoder makes the large picture of it. What later
 
 import inspect
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,9 +41,9 @@ class StableDiffusionPipelineOutput(ImagePipelineOutput):
 class StableDiffusionPipeline(DiffusionPipeline):
     """Pictures of a text, for Stable Diffusion 1 and 2 and everything that is built like them.
 
-    The scheduler's config is repaired as in diffusers: old checkpoints lack steps_offset=1 and
-    clip_sample=False. There is no safety checker; ValueError if one, or another part that is not used here,
-    is given.
+    Configs are repaired as in diffusers: old checkpoints lack steps_offset=1 and clip_sample=False in the
+    scheduler's, and have a U-Net's sample_size too small. There is no safety checker; ValueError if one, or
+    another part that is not used here, is given.
     """
 
     part_classes: ClassVar = {
@@ -66,6 +67,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 # not through from_config: the key still counts as left at its default, as it does in
                 # diffusers
                 scheduler._set_config(Config(scheduler.config | {key: value}))
+        _repair_sample_size(unet)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.requires_safety_checker = requires_safety_checker
@@ -314,6 +316,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """How many steps the running call takes."""
         return self._num_timesteps
+
+
+def _repair_sample_size(unet):
+    """Gives a U-Net for latents of 64 x 64 that size, where diffusers before 0.9 wrote a smaller one."""
+    config = {} if unet is None else unet.config
+    written_by = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    size = config.get("sample_size")
+    if written_by and tuple(map(int, written_by.groups())) < (0, 9) and isinstance(size, int) and size < 64:
+        unet._set_config(Config(config | {"sample_size": 64}))
 
 
 def count_prompts(prompt, prompt_embeds, negative_prompt=None, negative_prompt_embeds=None) -> int:
