@@ -33,7 +33,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         self._check_spreads()
         time_shift(np.ones(1), 1.0, time_shift_type)  # refuses a type that it doesn't know
         n = self._train_timesteps()
-        self.set_shift(shift)
+        self._shift = shift
         sigmas = np.arange(n, 0, -1, dtype=np.float32) / np.float32(n)
         self.sigmas = sigmas if use_dynamic_shifting else shift_flow(sigmas, shift)
         self.timesteps = self.sigmas * np.float32(n)
@@ -68,14 +68,15 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         c = self.config
         if c.use_dynamic_shifting and mu is None:
             raise ValueError("use_dynamic_shifting=True needs mu, the shift: set_timesteps(n, mu=...)")
-        sigmas, timesteps = self._listed(sigmas, "sigmas"), self._listed(timesteps, "timesteps")
-        counts = {len(x) for x in (sigmas, timesteps) if x is not None} | {num_inference_steps} - {None}
-        if len(counts) != 1:
+        given = [x if x is None else np.array(to_numpy(x), np.float32) for x in (sigmas, timesteps)]
+        sigmas, timesteps = given
+        shapes = {(num_inference_steps,)} - {(None,)} | {x.shape for x in given if x is not None}
+        if len(shapes) != 1 or len(*shapes) != 1:
+            got = " and ".join(map(str, shapes)) or "none of them"
             raise ValueError(
-                "set_timesteps takes num_inference_steps, sigmas or timesteps, of one length; "
-                f"got {' and '.join(map(str, counts)) or 'none of them'}"
+                f"set_timesteps takes num_inference_steps, sigmas or timesteps, of one length; got {got}"
             )
-        n, n_train = self._check_steps(counts.pop()), int(c.num_train_timesteps)
+        n, n_train = self._check_steps(*shapes.pop()), int(c.num_train_timesteps)
         if sigmas is None:
             ends = self.sigma_max * n_train, self.sigma_min * n_train
             sigmas = (np.linspace(*ends, n) if timesteps is None else timesteps) / n_train
@@ -94,15 +95,6 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         self.sigmas = np.append(sigmas, np.float32(bool(c.invert_sigmas)))
         self.num_inference_steps = n
         self._count_anew()
-
-    def _listed(self, values, name):
-        """A caller's list as float32 (n,); None stays."""
-        if values is None:
-            return None
-        values = np.array(to_numpy(values), np.float32)
-        if values.ndim != 1:
-            raise ValueError(f"{name} is {values.shape}; it must be a list of numbers")
-        return values
 
     def step(
         self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
@@ -142,18 +134,11 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     def _token_sigmas(self, timesteps, sample):
         """Each token's sigma and the largest of the schedule below it, 0 if there is none; (B, T, 1)."""
         timesteps = to_numpy(timesteps)
-        if (
-            sample.ndim != 3
-            or timesteps.ndim != 2
-            or not all(a in (1, b) for a, b in zip(timesteps.shape, sample.shape, strict=False))
-        ):
-            raise ValueError(
-                f"per_token_timesteps is {timesteps.shape}, sample {sample.shape}; "
-                "they must be (B, T) and (B, T, C)"
-            )
+        if sample.ndim != 3 or timesteps.shape not in (sample.shape[:2], (1, sample.shape[1])):
+            raise ValueError(f"per_token_timesteps is {timesteps.shape}, not (B, T), for {sample.shape}")
         sigma = (timesteps / np.float32(self.config.num_train_timesteps)).astype(np.float32)[..., None]
-        below = self.sigmas[:, None, None, None] < sigma - np.float32(1e-6)  # (n + 1, B, T, 1)
-        return sigma, (below * self.sigmas[:, None, None, None]).max(axis=0)
+        sigmas = self.sigmas[:, None, None, None]  # (n + 1, 1, 1, 1)
+        return sigma, np.where(sigmas < sigma - np.float32(1e-6), sigmas, 0).max(axis=0)
 
     def scale_noise(self, sample, timestep, noise=None):
         """(1 - sigma) sample + sigma noise: sample (B, …) moved to B timesteps of the schedule."""

@@ -60,9 +60,7 @@ class LCMScheduler(CountingScheduler):
             n = len(known)
             known = known[n - int(n * strength) :]
         if len(known) < needed:
-            raise ValueError(
-                f"strength {strength} leaves {len(known)} timesteps, fewer than {needed}; raise it"
-            )
+            raise ValueError(f"strength {strength} leaves {len(known)} timesteps, not {needed}; raise it")
         if timesteps is None:
             known = known[np.linspace(0, len(known), n, endpoint=False).astype(np.int64)]
         self.timesteps, self.num_inference_steps = known, n
