@@ -18,7 +18,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     final_sigmas_type: whether the last step ends at no noise ("zero") or at that of timestep 0 ("sigma_min").
     """
 
-    predictions = (*ExplodingScheduler.predictions, "original_sample")
+    predictions = (*ExplodingScheduler.predictions, "original_sample")  # another word for "sample"
     wide_x0 = True
     without_churn: tuple[str, ...] = ("v_prediction",)  # whose x0 forgets the added noise, as in diffusers
 

@@ -114,7 +114,7 @@ class ExplodingScheduler(SigmaScheduler):
         if kind == "v_prediction":  # v's alpha x0 + sigma_t eps is x / scale, with alpha = 1 / scale
             scale = sigma * sigma + 1
             return predicted_x0(model_output, sample, 1 / scale, sigma / np.sqrt(scale), kind)
-        return predicted_x0(model_output, sample, 1, sigma, kind)
+        return predicted_x0(model_output, sample, 1, sigma, kind.removeprefix("original_"))
 
     def _sigma_seen(self, i):
         """The noise in the sample that the model sees at the i-th call."""
