@@ -22,14 +22,12 @@ class DEISMultistepScheduler(ExponentialIntegrator):
     repeats_last = True
 
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, solver_order: int = 2,
-        prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "deis", solver_type: str = "logrho", lower_order_final: bool = True,
-        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False, flow_shift: float = 1.0, timestep_spacing: str = "linspace",
-        steps_offset: int = 0, use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="deis", solver_type="logrho",
+        lower_order_final=True, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
+        use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace", steps_offset=0,
+        use_dynamic_shifting=False, time_shift_type="exponential",
     ):  # fmt: skip
         self._make_tables()
         self._check_order()
@@ -63,18 +61,17 @@ class DEISMultistepScheduler(ExponentialIntegrator):
         """Zhang & Chen 2022, eq. 14 and 15, with polynomials in log(rho)."""
         self._remember(self._convert(model_output, i, sample))
         order = self._order(i)
-        (alpha_s, _, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[i], self._levels[i + 1]
-        logs = [log for _, log in self._rho[i - order + 1 : i + 1]][::-1]  # of the outputs, the newest first
         outputs = self._recent(order)
+        (alpha_s, _, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[i], self._levels[i + 1]
         self._count()
         if order == 1:  # the integral of 1, written with lambda: near alpha 0 its rounding counts
             weights = alpha_t / alpha_s, -sigma_t * (exp(lambda_t - lambda_s) - 1)
             return combine(weights, [sample, *outputs]), None
-        weights = [1]
+        logs, weights = [self._rho[i - k][1] for k in range(order)], [1]
         for k in range(order):
-            others = logs[k + 1 :] + logs[:k]
-            ends = [lagrange_integral(*self._rho[at], logs[k], others) for at in (i + 1, i)]
-            weights.append(ends[0] - ends[1])
+            own, *others = logs[k:] + logs[:k]
+            start, end = (lagrange_integral(*self._rho[at], own, others) for at in (i, i + 1))
+            weights.append(end - start)
         prev = combine(weights, [sample / alpha_s, *outputs])
         prev *= alpha_t
         return prev, None

@@ -29,10 +29,7 @@ class DPMSolver(ExponentialIntegrator):
         self.predict_x0, self.stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
         self.learned = self.config.get("variance_type") in ("learned", "learned_range")
         if not self.predict_x0 and self.config.final_sigmas_type == "zero":
-            raise ValueError(
-                f"algorithm_type {algorithm!r} can't end at sigma 0, where eps says nothing: set "
-                "final_sigmas_type='sigma_min', or take dpmsolver++ or sde-dpmsolver++"
-            )
+            raise ValueError(f"{algorithm} can't end at sigma 0: set final_sigmas_type='sigma_min'")
 
     def _choose_timesteps(self, num_inference_steps, mu, timesteps, spacing="linspace", steps_offset=0):
         """What set_timesteps does; spacing and steps_offset are those of `space_timesteps`."""
@@ -76,21 +73,14 @@ class DPMSolver(ExponentialIntegrator):
         start, others, sample = self._points(i, order, sample)
         outputs = self._recent(order)  # outputs[i - k] is what the model said at sigmas[k]
         first, lambda_s = outputs[i - start], self._levels[start][2]
-        h, keep, noisy, *c = self._weights(start, i + 1, order)
-        weights, parts = [keep, c[0]], [sample, first]
-        nodes, slopes = [], []
-        for k in others:
-            nodes.append((self._levels[k][2] - lambda_s) / h)
-            slope = outputs[i - k] - first
-            slope *= 1 / nodes[-1]
-            slopes.append(slope)
-        if order > 1:
-            weights.append(c[1])
-            parts.append(slopes[0])
-        if order > 2:
-            turn = c[1] if self.bend is None else self.bend * c[2] - c[1] * nodes[0]
-            weights.append(turn if self.bend is None else turn / (nodes[1] - nodes[0]))
+        h, kept, noisy, value, slope, curve = self._weights(start, i + 1, order)
+        nodes = [(self._levels[k][2] - lambda_s) / h for k in others]
+        slopes = [(outputs[i - k] - first) * (1 / node) for k, node in zip(others, nodes, strict=True)]
+        weights, parts = [kept, value, slope][: order + 1], [sample, first, *slopes[:1]]
+        if order == 3:
             parts.append(slopes[1] - slopes[0])
+            line = self.bend is None  # the slope to the last point alone
+            weights.append(slope if line else (self.bend * curve - slope * nodes[0]) / (nodes[1] - nodes[0]))
         if self.stochastic:
             weights.append(noisy)
             parts.append(noise())
@@ -103,22 +93,18 @@ class DPMSolver(ExponentialIntegrator):
         In float32 and in diffusers' order, since they cancel: for small h, another changes the third digit.
         """
         (alpha_s, sigma_s, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[start], self._levels[end]
-        h, noisy, half = lambda_t - lambda_s, None, 0.5
-        kept, share, signed = sigma_t / sigma_s, alpha_t, -h
-        if not self.predict_x0:
-            kept, share, signed = alpha_t / alpha_s, sigma_t, h
+        h, noisy, half, x0 = lambda_t - lambda_s, None, 0.5, self.predict_x0
+        kept, share, signed = (sigma_t / sigma_s, alpha_t, -h) if x0 else (alpha_t / alpha_s, sigma_t, h)
         if self.stochastic:
             grown = exp(2 * signed) - 1
-            noisy = sigma_t * np.sqrt(-grown if self.predict_x0 else grown)
-            if self.predict_x0:
+            noisy = sigma_t * np.sqrt(-grown if x0 else grown)
+            if x0:
                 kept, signed, half = kept * exp(signed), 2 * signed, -0.5  # diffusers' sign; derived: 0.5
             else:
                 share = 2 * share
         rise = exp(signed) - 1
-        value = -(share * rise)
-        if order == 2 and self.config.solver_type == "midpoint":
-            return h, kept, noisy, value, value / 2
-        slope = -(share * (rise / signed - 1))
+        value, halved = -(share * rise), order == 2 and self.config.solver_type == "midpoint"
+        slope = value / 2 if halved else -(share * (rise / signed - 1))
         return h, kept, noisy, value, slope, -(share * ((rise - signed) / (signed * signed) - half))
 
 
@@ -133,18 +119,17 @@ class DPMSolverMultistepScheduler(DPMSolver):
     used. use_flow_sigmas, flow_shift, use_dynamic_shifting, time_shift_type: for rectified-flow models.
     """
 
+    no_third_order: tuple[str, ...] = ("sde-dpmsolver",)
+
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, solver_order: int = 2,
-        prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
-        euler_at_final: bool = False, use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False, use_lu_lambdas: bool = False, use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0, final_sigmas_type: str = "zero", lambda_min_clipped: float = -math.inf,
-        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
+        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
+        solver_type="midpoint", lower_order_final=True, euler_at_final=False, use_karras_sigmas=False,
+        use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False,
+        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-math.inf, variance_type=None,
+        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, use_dynamic_shifting=False,
+        time_shift_type="exponential",
     ):  # fmt: skip
         self._make_tables()
         self._choose_algorithm()
@@ -183,12 +168,9 @@ class DPMSolverMultistepScheduler(DPMSolver):
             return 1
         if self._levels[i][2] == self._levels[i + 1][2]:
             return 1  # a step of no length, as at the end of Karras sigmas; diffusers has 0 / 0 there, NaN
-        if order == 3 and not self._has_third_order():
-            raise ValueError(f"{c.algorithm_type} has orders 1 and 2: set solver_order=2")
+        if order == 3 and c.algorithm_type in self.no_third_order:
+            raise ValueError(f"{c.algorithm_type} has orders 1 and 2 here: set solver_order=2")
         return order
-
-    def _has_third_order(self):
-        return self.config.algorithm_type != "sde-dpmsolver"
 
     def _points(self, i, order, sample):
         """Where the polynomial starts, its other points, and the sample at its start: from here back."""

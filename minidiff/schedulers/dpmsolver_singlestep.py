@@ -21,15 +21,13 @@ class DPMSolverSinglestepScheduler(DPMSolver):
     algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, solver_order: int = 2,
-        prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = False,
-        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False, flow_shift: float = 1.0, final_sigmas_type: str = "zero",
-        lambda_min_clipped: float = -math.inf, variance_type: str | None = None,
-        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
+        solver_type="midpoint", lower_order_final=False, use_karras_sigmas=False,
+        use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
+        final_sigmas_type="zero", lambda_min_clipped=-math.inf, variance_type=None,
+        use_dynamic_shifting=False, time_shift_type="exponential",
     ):  # fmt: skip
         self._make_tables()
         self._choose_algorithm()
@@ -47,12 +45,10 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         """The order of each step: groups 1, 2 … solver_order, in the end with a shorter one."""
         c, n, k = self.config, num_inference_steps, self.config.solver_order
         orders = [*range(1, k + 1)] * (n // k)
-        if c.lower_order_final:
-            if k == 3 and n % 3 == 0:
-                orders[-3:] = [1, 2, 1]
-            elif k == 2 and n % 2 == 0:
-                orders[-2:] = [1, 1]
+        if c.lower_order_final and n % k:
             orders += range(1, n % k + 1)
+        elif c.lower_order_final:
+            orders[-k:] = [*range(1, k), 1]
         if c.final_sigmas_type == "zero":
             orders[-1:] = [1]
         return orders

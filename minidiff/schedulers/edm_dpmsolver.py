@@ -12,15 +12,14 @@ class EDMDPMSolverMultistepScheduler(PreconditionedScheduler, DPMSolverMultistep
     """
 
     algorithms = ("dpmsolver++", "sde-dpmsolver++")
+    no_third_order = ("sde-dpmsolver++",)
     needs_timesteps = True
 
     def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
-        sigma_schedule: str = "karras", num_train_timesteps: int = 1000, prediction_type: str = "epsilon",
-        rho: float = 7.0, solver_order: int = 2, thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
-        euler_at_final: bool = False, final_sigmas_type: str = "zero",
+        self, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras",
+        num_train_timesteps=1000, prediction_type="epsilon", rho=7.0, solver_order=2, thresholding=False,
+        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
+        solver_type="midpoint", lower_order_final=True, euler_at_final=False, final_sigmas_type="zero",
     ):  # fmt: skip
         self._make_tables()
         self._choose_algorithm()
@@ -51,6 +50,3 @@ class EDMDPMSolverMultistepScheduler(PreconditionedScheduler, DPMSolverMultistep
 
     def _convert(self, model_output, i, sample):
         return self._thresholded(self.precondition_outputs(sample, model_output, self.sigmas[i]))
-
-    def _has_third_order(self):
-        return not self.stochastic

@@ -93,9 +93,7 @@ class ExponentialIntegrator(SigmaScheduler):
         if mu is None:
             return c.flow_shift
         if not c.use_dynamic_shifting or c.time_shift_type != "exponential":
-            raise ValueError(
-                "mu shifts flow sigmas only with use_dynamic_shifting=True and time_shift_type='exponential'"
-            )
+            raise ValueError("mu needs use_dynamic_shifting=True and time_shift_type='exponential'")
         return math.exp(mu)
 
     def _flow_sigmas(self, n, shift):

@@ -25,16 +25,14 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
     repeats_last = True
 
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, solver_order: int = 2,
-        prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, predict_x0: bool = True,
-        solver_type: str = "bh2", lower_order_final: bool = True, disable_corrector=(), solver_p=None,
-        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False, flow_shift: float = 1.0, timestep_spacing: str = "linspace",
-        steps_offset: int = 0, final_sigmas_type: str = "zero", rescale_betas_zero_snr: bool = False,
-        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
-        sigma_min: float | None = None, sigma_max: float | None = None, shift_terminal: float | None = None,
+        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, predict_x0=True, solver_type="bh2",
+        lower_order_final=True, disable_corrector=(), solver_p=None, use_karras_sigmas=False,
+        use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
+        timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero", rescale_betas_zero_snr=False,
+        use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None, sigma_max=None,
+        shift_terminal=None,
     ):  # fmt: skip
         if shift_terminal is not None and not use_flow_sigmas:
             raise ValueError("shift_terminal works only with use_flow_sigmas=True")
@@ -168,9 +166,7 @@ def solve_vandermonde(nodes, b) -> list[float]:
         for i in range(k + 1, n):
             gap = x[i] - x[i - k - 1]
             if gap == 0:
-                raise ValueError(
-                    "two of the last steps have the same noise level: set lower_order_final=True"
-                )
+                raise ValueError("two steps have the same noise level: set lower_order_final=True")
             w[i] /= gap
         for i in range(k, n - 1):
             w[i] -= w[i + 1]
