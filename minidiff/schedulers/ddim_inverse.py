@@ -6,6 +6,7 @@ that it finds gives the picture back, for editing (Mokady et al. 2022, arXiv:221
 
 import numpy as np
 
+from minidiff.config import Config
 from minidiff.schedulers.ddim import DDIMScheduler
 
 
@@ -25,7 +26,9 @@ class DDIMInverseScheduler(DDIMScheduler):
         clip_sample_range: float = 1.0, timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False, set_alpha_to_zero: bool | None = None,
     ):  # fmt: skip
-        if set_alpha_to_zero is not None:
+        if set_alpha_to_zero is None:  # then the config says nothing of it, as in diffusers
+            self._set_config(Config({k: v for k, v in self.config.items() if k != "set_alpha_to_zero"}))
+        else:
             set_alpha_to_one = set_alpha_to_zero
         super().__init__(set_alpha_to_one=set_alpha_to_one)
         self.timesteps = self.timesteps[::-1].copy()

@@ -4,6 +4,8 @@ A network is told c_noise(sigma), sees c_in x, and its output F means x0 = c_ski
 and what is to be learned have variance 1 at every sigma.
 """
 
+from numbers import Real
+
 import numpy as np
 
 from minidiff.boundary import like, to_numpy
@@ -27,6 +29,9 @@ class PreconditionedScheduler(ExplodingScheduler):
         c = self.config
         if c.sigma_schedule not in ("karras", "exponential"):
             raise ValueError(f"sigma_schedule is {c.sigma_schedule!r}; it must be karras or exponential")
+        for key in ("sigma_min", "sigma_max", "sigma_data", "rho"):
+            if not isinstance(c[key], Real) or not 0 < c[key] < np.inf:
+                raise ValueError(f"{key} is {c[key]!r}; it must be a number above 0")
         self.data_variance, self.num_inference_steps = c.sigma_data**2, None
         self._set_ramp(np.linspace(0, 1, self._train_timesteps() + 1))
 
