@@ -8,7 +8,7 @@ import numpy as np
 
 import minidiff
 
-ALL = (
+NAMES = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
     "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler", "DPMSolverSinglestepScheduler",
@@ -16,7 +16,6 @@ ALL = (
     "TCDScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler",
     "DDIMInverseScheduler",
 )  # fmt: skip
-NAMES = tuple(name for name in ALL if name in minidiff.__all__)
 
 
 def parameters(name, method="__init__", library=diffusers):
@@ -47,12 +46,14 @@ EXPLODING = tuple(
     for name in NAMES
     if name.startswith(("Euler", "Heun", "LMS", "KDPM2", "EDM"))
 )  # fmt: skip
-FRACTIONAL = (*EXPLODING, *(n for n in ("IPNDMScheduler", "FlowMatchEulerDiscreteScheduler") if n in NAMES))
 # diffusers takes an integer there for an index and refuses it
 NO_INTEGERS = tuple(name for name in NAMES if "Euler" in name)
-NEEDS_SETTING = tuple(
-    name for name in NAMES if name not in ("DDPMScheduler", *FRACTIONAL, "DDIMInverseScheduler")
-)
+# step raises before set_timesteps, even with a timestep that there is
+NEEDS_SETTING = (
+    "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "EDMDPMSolverMultistepScheduler",
+    "LCMScheduler", "TCDScheduler", "DDIMInverseScheduler",
+)  # fmt: skip
 SECOND_FIELD = {  # what step returns beside prev_sample
     **dict.fromkeys(("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"), "pred_original_sample"),
     **dict.fromkeys((n for n in EXPLODING if n != "EDMDPMSolverMultistepScheduler"), "pred_original_sample"),

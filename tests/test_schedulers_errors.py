@@ -3,23 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scheduler_lists import ADDING_NOISE, COUNTING, DRAWING, NAMES, NEEDS_SETTING, normal, parameters, ready
 
 import minidiff
 from minidiff import DDPMScheduler, PNDMScheduler
 from minidiff import UniPCMultistepScheduler as UniPC
-
-NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler")
-
-
-def normal(*shape, dtype=np.float32, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def named(name, steps=5, **config):
-    scheduler = getattr(minidiff, name)(**config)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
 
 ERRORS = [
     (lambda: DDPMScheduler(beta_schedule="cubic"), NotImplementedError, "no beta_schedule 'cubic'; it has"),
@@ -33,16 +21,16 @@ ERRORS = [
     (lambda: UniPC(solver_order=0), ValueError, "solver_order is 0"),
     (lambda: UniPC(solver_order=10**9), ValueError, "solver_order is 1000000000"),
     (lambda: UniPC(shift_terminal=0.1), ValueError, "only with use_flow_sigmas=True"),
-    (lambda: named("DDIMScheduler", 0), ValueError, "num_inference_steps is 0; it must be at least 1"),
-    (lambda: named("PNDMScheduler", -3), ValueError, "num_inference_steps is -3"),
-    (lambda: named("UniPCMultistepScheduler", 2.5), TypeError, "num_inference_steps is 2.5; it must be"),
-    (lambda: named("DDIMScheduler", True), TypeError, "num_inference_steps is True"),
-    (lambda: named("DDIMScheduler", 1001), ValueError, "num_inference_steps is 1001; the model"),
-    (lambda: named("DDPMScheduler", 1001), ValueError, "num_inference_steps is 1001"),
-    (lambda: named("PNDMScheduler", 3), ValueError, "takes at least 4"),
-    (lambda: named("DDPMScheduler", timestep_spacing="odd"), ValueError, "timestep_spacing is 'odd'"),
+    (lambda: ready("DDIMScheduler", 0), ValueError, "num_inference_steps is 0; it must be at least 1"),
+    (lambda: ready("PNDMScheduler", -3), ValueError, "num_inference_steps is -3"),
+    (lambda: ready("UniPCMultistepScheduler", 2.5), TypeError, "num_inference_steps is 2.5; it must be"),
+    (lambda: ready("DDIMScheduler", True), TypeError, "num_inference_steps is True"),
+    (lambda: ready("DDIMScheduler", 1001), ValueError, "num_inference_steps is 1001; the model"),
+    (lambda: ready("DDPMScheduler", 1001), ValueError, "num_inference_steps is 1001"),
+    (lambda: ready("PNDMScheduler", 3), ValueError, "takes at least 4"),
+    (lambda: ready("DDPMScheduler", timestep_spacing="odd"), ValueError, "timestep_spacing is 'odd'"),
     (lambda: UniPC(final_sigmas_type="one").set_timesteps(4), ValueError, "final_sigmas_type is 'one'"),
-    (lambda: named("UniPCMultistepScheduler", use_dynamic_shifting=True), ValueError, "needs mu"),
+    (lambda: ready("UniPCMultistepScheduler", use_dynamic_shifting=True), ValueError, "needs mu"),
     (lambda: DDPMScheduler().set_timesteps(), ValueError, "one of them, not both"),
     (lambda: DDPMScheduler().set_timesteps(3, timesteps=[3, 2, 1]), ValueError, "one of them, not both"),
     (lambda: DDPMScheduler().set_timesteps(timesteps=[3, 3, 1]), ValueError, "must fall from each"),
@@ -65,7 +53,12 @@ def test_a_wrong_setting_is_named(call, kind, message):
         call()
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def drawing(name):
+    """What a step needs so that a second one draws the same."""
+    return {"generator": torch.Generator().manual_seed(0)} if name in DRAWING else {}
+
+
+@pytest.mark.parametrize("name", NEEDS_SETTING)
 def test_a_step_without_timesteps_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} has no timesteps yet: call set_timesteps"):
         getattr(minidiff, name)().step(normal(1, 2, 3), 5, normal(1, 2, 3))
@@ -73,17 +66,33 @@ def test_a_step_without_timesteps_is_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_arguments_of_a_step_are_named(name):
+    def step(model_output, sample, **config):
+        scheduler = ready(name, **config)
+        return scheduler.step(model_output, scheduler.timesteps[0], sample)
+
     x = normal(1, 2, 3)
     with pytest.raises(ValueError, match=r"model_output is \(1, 3, 3\), sample \(1, 2, 3\)"):
-        named(name).step(normal(1, 3, 3), 0, x)
+        step(normal(1, 3, 3), x)
     with pytest.raises(ValueError, match=r"both must be \(B, C, …\)"):
-        named(name).step(normal(3), 0, normal(3))
+        step(normal(3), normal(3))
     with pytest.raises(TypeError, match="sample is a list"):
-        named(name).step(x, 0, [1.0])
+        step(x, [1.0])
     with pytest.raises(TypeError, match="model_output is a array of int64"):
-        named(name).step(np.ones((1, 2, 3), int), 0, x)
-    with pytest.raises(ValueError, match="prediction_type is 'noise'"):
-        named(name, prediction_type="noise").step(x, 0, x)
+        step(np.ones((1, 2, 3), int), x)
+    if "prediction_type" in parameters(name):
+        with pytest.raises(ValueError, match="prediction_type is 'noise'"):
+            step(x, x, prediction_type="noise")
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_step_after_the_last_is_refused(name):
+    scheduler, x = ready(name, 2), normal(1, 2, 3)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x, **drawing(name))
+    with pytest.raises(
+        ValueError, match=f"all {len(scheduler.timesteps)} steps are made; call set_timesteps"
+    ):
+        scheduler.step(x, t, x, **drawing(name))
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
@@ -91,63 +100,56 @@ def test_a_timestep_outside_the_tables_is_named(name):
     x = normal(1, 2, 3)
     for wrong in (1000, -2, 10**9):
         with pytest.raises(ValueError, match=f"timestep {wrong} is none of the 1000"):
-            named(name).step(x, wrong, x)
+            ready(name).step(x, wrong, x)
     for wrong in (1.5, float("nan"), float("inf"), "5"):
         with pytest.raises(ValueError, match="needs one whole number"):
-            named(name).step(x, wrong, x)
-
-
-def test_a_step_after_the_last_is_refused():
-    scheduler, x = named("UniPCMultistepScheduler", 2), normal(1, 2, 3)
-    for t in scheduler.timesteps:
-        scheduler.step(x, t, x)
-    with pytest.raises(ValueError, match="all 2 steps are made; call set_timesteps"):
-        scheduler.step(x, t, x)
+            ready(name).step(x, wrong, x)
 
 
 def test_pndms_parts_out_of_turn_are_refused():
     x = normal(1, 2, 3)
     with pytest.raises(ValueError, match="needs the noises of 3 Runge-Kutta steps and has 0"):
-        named("PNDMScheduler").step_plms(x, 0, x)
+        ready("PNDMScheduler").step_plms(x, 0, x)
     with pytest.raises(ValueError, match="all 0 Runge-Kutta calls are made"):
-        named("PNDMScheduler", skip_prk_steps=True).step_prk(x, 0, x)
+        ready("PNDMScheduler", skip_prk_steps=True).step_prk(x, 0, x)
 
 
 def test_contradicting_noise_is_refused():
     x = normal(1, 2, 3)
     both_given = {"generator": torch.Generator(), "variance_noise": x}
     with pytest.raises(ValueError, match="a generator or variance_noise"):
-        named("DDIMScheduler").step(x, 0, x, eta=0.5, **both_given)
-    named("DDIMScheduler").step(x, 0, x, eta=0.0, **both_given)  # nothing is drawn: allowed, as in diffusers
+        ready("DDIMScheduler").step(x, 0, x, eta=0.5, **both_given)
+    ready("DDIMScheduler").step(x, 0, x, eta=0.0, **both_given)  # nothing is drawn: allowed, as in diffusers
     with pytest.raises(ValueError, match="2 generators for 1 row"):
-        named("DDPMScheduler").step(x, 800, x, generator=[torch.Generator(), torch.Generator()])
+        ready("DDPMScheduler").step(x, 800, x, generator=[torch.Generator(), torch.Generator()])
     with pytest.raises(TypeError, match="generator is a int"):
-        named("DDPMScheduler").step(x, 800, x, generator=5)
+        ready("DDPMScheduler").step(x, 800, x, generator=5)
 
 
 def test_a_learned_variance_needs_a_model_that_predicts_it():
     x = normal(1, 2, 3)
     with pytest.raises(ValueError, match="twice the sample's channels"):
-        named("DDPMScheduler", variance_type="learned").step(x, 800, x)
+        ready("DDPMScheduler", variance_type="learned").step(x, 800, x)
 
 
 def test_ddpm_refuses_a_timestep_that_nothing_follows():
     with pytest.raises(ValueError, match="timestep 7 is not one of"):
-        named("DDPMScheduler").previous_timestep(7)
+        ready("DDPMScheduler").previous_timestep(7)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5])
 def test_a_thresholding_ratio_outside_its_range_is_named(ratio):
     x = normal(1, 2, 3)
-    scheduler = named("DDIMScheduler", thresholding=True, dynamic_thresholding_ratio=ratio)
+    scheduler = ready("DDIMScheduler", thresholding=True, dynamic_thresholding_ratio=ratio)
     with pytest.raises(ValueError, match="dynamic_thresholding_ratio"):
         scheduler.step(x, 0, x)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ADDING_NOISE)
 def test_timesteps_that_fit_no_batch_are_named(name):
-    x = normal(3, 2, 4)
-    for wrong in ([1, 2], [[1], [2], [3]]):
+    scheduler, x = ready(name), normal(3, 2, 4)
+    t = scheduler.timesteps[1]
+    for wrong in ([t, t], [[t], [t], [t]]):
         with pytest.raises(ValueError, match="pass one, or one for each of the 3 rows"):
-            named(name).add_noise(x, x, wrong)
-    assert (named(name).add_noise(x, x, 0) == named(name).add_noise(x, x, [0, 0, 0])).all()
+            scheduler.add_noise(x, x, wrong)
+    assert (scheduler.add_noise(x, x, t) == scheduler.add_noise(x, x, [t, t, t])).all()
