@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff.cli import main
+from minidiff.cli import _parser, main
 from minidiff.explain import convergence, plot
 from minidiff.explain.samplers import SAMPLERS
 
@@ -135,10 +135,20 @@ def test_the_command_needs_no_torch_and_no_matplotlib():
     code = """
 import sys
 sys.modules["torch"] = sys.modules["matplotlib"] = None
-from minidiff.cli import main
+from minidiff.cli import _parser, main
 sys.exit(main(["samplers"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0 and "unipc" in done.stdout, done.stderr
+
+
+def test_the_help_has_examples_that_parse(capsys):
+    with pytest.raises(SystemExit):
+        main(["samplers", "--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    examples = [re.split("   +", line)[0].split() for line in lines if line.startswith("minidiff samplers")]
+    assert len(examples) == 3
+    for _, *words in examples:
+        assert _parser(words).parse_args(words).run

@@ -39,7 +39,7 @@ def run(args):
     curves = [convergence.curve(sampler) for sampler in SAMPLERS]
     if args.plot is not None:
         with replacing(Path(args.plot)) as temporary:
-            plot.draw(curves).savefig(temporary, format="png")
+            plot.save(plot.draw(curves), temporary)
     if args.json:
         print(json.dumps([_as_dict(curve) for curve in curves], indent=1))
         return

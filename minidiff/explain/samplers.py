@@ -79,7 +79,7 @@ SAMPLERS = (
     ),
     Sampler(
         "dpmsolver", "DPMSolverMultistepScheduler", 1, 1, True, DPM_PLUS,
-        "not 3: in diffusers' formula the second derivative has the wrong sign",
+        "less than with solver_order=2: in diffusers' formula the second derivative has the wrong sign",
         config={"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, start=2,
     ),
     Sampler("dpmsolversinglestep", "DPMSolverSinglestepScheduler", 2, 1, False, DPM, group=2),
