@@ -72,7 +72,7 @@ def test_the_wheel_tells_what_it_is_and_what_it_needs(wheel):
     about = f"minidiff-{minidiff.__version__}.dist-info"
     metadata = Parser().parsestr(wheel.read(f"{about}/METADATA").decode())
     assert metadata["Version"] == minidiff.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND MIT"
     assert metadata["Requires-Python"] == ">=3.11"
     assert wheel.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert "minidiff = minidiff.cli:main" in wheel.read(f"{about}/entry_points.txt").decode()
@@ -92,6 +92,7 @@ def test_the_shipped_weights_are_half_precision_and_at_most_32_mb():
 
     sizes = {path.relative_to(WEIGHTS): path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
     assert sizes, "no weights ship"
+    sizes |= {path.name: path.stat().st_size for path in (ROOT / "minidiff").rglob("*.gz")}
     assert sum(sizes.values()) <= 32_000_000, sizes
     for path in WEIGHTS.rglob("*.safetensors"):
         with safe_open(path, "np") as tensors:

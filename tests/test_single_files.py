@@ -1,5 +1,6 @@
 """Single files in the original layout: published names and shapes, and diffusers' own conversion, live."""
 
+import importlib
 import json
 import logging
 import pickle
@@ -545,7 +546,63 @@ def test_files_of_the_hub_are_named_by_path_or_address(server, write, monkeypatc
     refuse("the hub has no such repository", "me/nothing/v2.safetensors")
 
 
-def test_the_index_of_a_kind_is_what_diffusers_reads(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conditioner.embedders.0.logit_scale",
+        "conditioner.embedders.0.transformer.text_projection.weight",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.transformer.text_projection.weight",
+        "denoiser.sigmas",
+        "first_stage_model.loss.logvar",
+        "model_ema.diffusion_modelout2bias",
+        "scale_factor",
+    ],
+)
+def test_what_other_programs_add_is_ignored(name):
+    assert ldm.is_ignored(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conditioner.embedders.1.model.text_projection",
+        "cond_stage_model.model.transformer.resblocks.22.ln_1.bias",
+        "conditioner.embedders.1.model.transformer.resblocks.23.ln_1.bias",
+        "first_stage_model.quant_conv.weight",
+        "model.diffusion_model.betas",
+    ],
+)
+def test_what_a_model_needs_is_not_ignored(name):
+    assert not ldm.is_ignored(name)
+
+
+def test_a_text_encoder_without_its_prefix_loads(write):
+    def shorten(tensors):
+        prefix = "cond_stage_model.transformer.text_model."
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            tensors[name.replace("text_model.", "")] = tensors.pop(name)
+
+    path, folder = write(changed=shorten)
+    ours = minidiff.StableDiffusionPipeline.from_single_file(path, config=folder).text_encoder
+    assert_equal_weights(ours, minidiff.CLIPTextModel.from_pretrained(folder, "text_encoder"))
+
+
+def test_an_inpainting_file_asks_for_the_inpainting_pipeline(tmp_path):
+    path = manifest_file(tmp_path / "inpainting.safetensors", "sd-v1-5-inpainting")
+    if hasattr(minidiff, "StableDiffusionInpaintPipeline"):
+        pipe = minidiff.DiffusionPipeline.from_single_file(path)
+        assert type(pipe) is minidiff.StableDiffusionInpaintPipeline
+    else:
+        refuse("for inpainting.* asks for a StableDiffusionInpaintPipeline; minidiff has", path,
+               pipeline=minidiff.DiffusionPipeline)  # fmt: skip
+    unet = minidiff.UNet2DConditionModel.from_single_file(path)
+    assert unet.config.in_channels == 9
+
+
+def test_the_index_of_a_kind_names_classes_of_diffusers():
     for kind in (*kinds.KINDS.values(), kinds.SD2_BASE):
         index = json.loads(json.dumps(kind.index()))
-        assert hasattr(diffusers, index["_class_name"])
+        entries = [entry for entry in index.values() if isinstance(entry, list) and entry[0] is not None]
+        assert hasattr(diffusers, index["_class_name"]) and len(entries) == len(kind.configs)
+        assert all(hasattr(importlib.import_module(library), name) for library, name in entries)

@@ -135,7 +135,10 @@ def _local_folder(name_or_path):
     if name and folder.is_dir():
         return folder
     if folder.is_file():
-        raise CheckpointError(f"{name} is a file; give the folder that holds the config and the weights")
+        raise CheckpointError(
+            f"{name} is a file; give the folder that holds the config and the weights, or load the file with "
+            "from_single_file"
+        )
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None
     ship = ", ".join(BUILT_IN_NAMES)

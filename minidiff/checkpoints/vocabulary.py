@@ -18,7 +18,7 @@ DEFAULT_TOKENS = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
     ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
 )
 MAX_LENGTH = 77  # CLIP's
-CLIP_MERGES = Path(__file__).with_name("clip_merges.txt.gz")  # OpenAI's, MIT licence: see the file LICENSE
+CLIP_MERGES = Path(__file__).with_name("clip_merges.txt.gz")  # OpenAI's, MIT licence
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 
 
