@@ -53,7 +53,7 @@ def _print_table(curves):
     notes = []
     for curve in curves:
         s = curve.sampler
-        order, measured = ("any", "exact") if s.order is None else (str(s.order), f"{curve.order:.2f}")
+        order, measured = str(s.order or "any"), _in_words(curve)
         if s.note:
             if s.note not in notes:
                 notes.append(s.note)
@@ -68,6 +68,13 @@ def _print_table(curves):
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     for number, note in enumerate(notes, 1):
         print(f"({number}) {note}")
+
+
+def _in_words(curve):
+    if curve.order is not None:
+        return f"{curve.order:.2f}"
+    worst = max(curve.errors)
+    return "exact" if worst < convergence.FLOOR else f"{worst:.0e} off"
 
 
 def _in_call(settings):
