@@ -20,6 +20,7 @@ class DPMSolver(ExponentialIntegrator):
 
     algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
     bend = 1  # times the second divided difference is taken for the second derivative; None: a line, no curve
+    choosing = (*SPREADS, "use_flow_sigmas")  # options that leave no choice of timesteps
 
     def _choose_algorithm(self):
         """Takes the algorithm out of the config, with the names that other solvers' configs come with."""
@@ -40,7 +41,7 @@ class DPMSolver(ExponentialIntegrator):
             n, N = self._check_steps(num_inference_steps), c.num_train_timesteps
             timesteps = space_timesteps(spacing, N, n, steps_offset, skip_last=True, end=self._end())
         else:
-            for key in (*SPREADS, "use_lu_lambdas", "use_flow_sigmas"):
+            for key in self.choosing:
                 if c.get(key):
                     raise ValueError(f"timesteps can't be given with {key}=True, which chooses them")
             timesteps = self._whole(timesteps)
@@ -67,7 +68,10 @@ class DPMSolver(ExponentialIntegrator):
         return super()._convert(prediction, i, sample, through_x0=self.config.thresholding)
 
     def update(self, model_output, i, sample, noise):
-        """Lu et al. 2022: arXiv:2211.01095, algorithms 1 and 2, and arXiv:2206.00927, algorithms 1 to 5."""
+        """Lu et al. 2022: arXiv:2206.00927, eq. 3.7 and algorithms 1, 2; arXiv:2211.01095, algorithms 1, 2.
+
+        The polynomial goes through the value at sigmas[start], with its slope there and its curve.
+        """
         self._remember(self._convert(model_output, i, sample))
         order = self._order(i)
         start, others, sample = self._points(i, order, sample)
@@ -99,7 +103,8 @@ class DPMSolver(ExponentialIntegrator):
             grown = exp(2 * signed) - 1
             noisy = sigma_t * np.sqrt(-grown if x0 else grown)
             if x0:
-                kept, signed, half = kept * exp(signed), 2 * signed, -0.5  # diffusers' sign; derived: 0.5
+                # half has diffusers' sign here; 0.5, as everywhere else, is what the integral gives
+                kept, signed, half = kept * exp(signed), 2 * signed, -0.5
             else:
                 share = 2 * share
         rise = exp(signed) - 1
@@ -119,6 +124,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
     used. use_flow_sigmas, flow_shift, use_dynamic_shifting, time_shift_type: for rectified-flow models.
     """
 
+    choosing = (*DPMSolver.choosing, "use_lu_lambdas")
     no_third_order: tuple[str, ...] = ("sde-dpmsolver",)
 
     def __init__(
