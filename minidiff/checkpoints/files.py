@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import pickle
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -70,6 +71,7 @@ _DAMAGED = (
     AssertionError,
     ArithmeticError,
     MemoryError,
+    struct.error,
 )
 
 
@@ -284,7 +286,6 @@ def _is_plain(tensor):
 
 
 def some(names, most=4) -> str:
-    """The first names, as they may be printed, and how many there are more."""
+    """The first names and how many there are more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    shown = (name if name.isprintable() else repr(name) for name in map(str, names[:most]))
-    return ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in shown) + more
+    return ", ".join(f"{name:.200}" for name in map(str, names[:most])) + more

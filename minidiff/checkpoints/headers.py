@@ -75,7 +75,9 @@ def _parsed(text):
         found = layout.parse_json(layout.decode(text))
     except ValueError as error:
         raise ValueError(f"its header {error}") from error
-    found.pop(METADATA, None)
+    metadata = found.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"its header has a {METADATA} that is no table of texts")
     return found
 
 

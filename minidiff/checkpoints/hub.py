@@ -154,10 +154,16 @@ def _chosen(folder, choose, subfolder, note=""):
     directory = layout.inside(folder, subfolder) if subfolder else folder
     if not directory.is_dir():
         raise CheckpointError(f"{folder}{note} has no folder {subfolder!r}")
-    with os.scandir(directory) as entries:
-        names = {entry.name + "/" * entry.is_dir() for entry in entries}
+    try:
+        names = {name + "/" * directory.joinpath(name).is_dir() for name in os.listdir(directory)}
+    except OSError as error:
+        raise CheckpointError(f"{directory} can't be read: {error.strerror}") from error
     picked = choose(names, f"{directory}{note}")
-    return [layout.inside(folder, f"{subfolder}/{name}" if subfolder else name) for name in picked]
+    paths = [layout.inside(folder, f"{subfolder}/{name}" if subfolder else name) for name in picked]
+    for path in paths:
+        if not path.is_file():  # a pipe, which would be waited for, or a link to nothing
+            raise CheckpointError(f"{path} is no file")
+    return paths
 
 
 def _from_hub(repo_id, choose, subfolder, local_files_only, token, place):

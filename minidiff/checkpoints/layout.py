@@ -30,7 +30,13 @@ def inside(folder, name) -> Path:
     snapshot = next((p for p in (root, *root.parents) if p.parent.name == "snapshots"), None)
     if snapshot is not None and snapshot.parent.parent.name.startswith("models--"):
         root = snapshot.parent.parent
-    if not path.resolve().is_relative_to(root):
+    try:
+        target = path.resolve(strict=True)
+    except FileNotFoundError:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads nowhere: {error}") from error
+    if not target.is_relative_to(root):
         raise CheckpointError(
             f"{path} is a link that leads out of the checkpoint's folder; put the file itself there"
         )

@@ -79,7 +79,12 @@ class PretrainedModel(Configured, nn.Module):
         model = cls._described_by(config, config_file, most_tensors=2 * len(stored) + 1000)
         names = _fitting(model, stored, config_file, weight_file)
         dtype = None if torch_dtype == "auto" else torch_dtype or torch.float32
-        tensors = {ours: stored[theirs].read(theirs, dtype) for ours, theirs in names.items()}
+        wanted, tensors = model.state_dict(), {}
+        for ours, theirs in names.items():
+            tensors[ours] = tensor = stored[theirs].read(theirs, dtype)
+            if tensor.is_floating_point() != wanted[ours].is_floating_point():
+                raise CheckpointError(f"{weight_file}: {theirs} has the type {tensor.dtype}, which can't "
+                                      f"stand for {wanted[ours].dtype}")  # fmt: skip
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 

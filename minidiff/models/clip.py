@@ -431,7 +431,12 @@ class CLIPTokenizer:
             "local_files_only": local_files_only,
             "token": token,
         }
-        return cls(**vocabulary.read(name_or_path, subfolder, **source))
+        files = vocabulary.read(name_or_path, subfolder, **source)
+        try:
+            return cls(**files)
+        except (ValueError, TypeError) as error:
+            where = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
+            raise CheckpointError(f"the tokenizer in {where}: {error}") from error
 
     def save_pretrained(self, save_directory):
         """Writes vocab.json, merges.txt and the rest, as published checkpoints have them."""
