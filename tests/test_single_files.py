@@ -499,6 +499,13 @@ def test_missing_and_misshapen_tensors_are_named(write):
     refuse(r"conv_in\.weight \(4, 5, 3, 3\) instead of \(4, 4, 3, 3\)", path, config=folder)
 
 
+def test_an_empty_tensor_of_any_shape_is_only_misshapen(tmp_path):
+    manifest = dict(DATA["files"]["sd_xl_base_1.0"]["tensors"])
+    manifest["first_stage_model.decoder.mid.attn_1.q.weight"] = ["F16", [0, 2**62, 2**62]]
+    path = write_sparse(tmp_path / "empty.safetensors", manifest)
+    refuse(r"to_q\.weight \(0, \d+, \d+\) instead of \(512, 512\)", path, pipeline=minidiff.AutoencoderKL)
+
+
 def test_a_tiny_model_needs_the_config_that_describes_it(write):
     path, _ = write()
     refuse("texts of 16 channels and latents of 4; no such model is known. With config=", path)

@@ -31,7 +31,7 @@ class Part:
 
     def _shape(self, source):
         shape = tuple(self._stored[source.name].shapes[source.name])
-        if source.change is None:
+        if source.change is None or 0 in shape:  # empty tensors, which no model has, may be of any size
             return shape
         return tuple(source.change(torch.empty(shape, device="meta")).shape)
 
