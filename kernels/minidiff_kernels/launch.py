@@ -1,0 +1,68 @@
+"""What every launcher needs: can a kernel reach these tensors, in which precision does it sum, and a gradient.
+
+Kernels run on a GPU, or, to be read and tested without one, on CPU tensors in Triton's interpreter:
+TRITON_INTERPRET=1 in the environment before Triton is imported.
+"""
+
+import contextlib
+import os
+
+import torch
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once too, where a kernel is defined
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(op, **tensors):
+    """Raises TypeError, ValueError or RuntimeError unless a kernel can work on all of these; None is skipped.
+
+    The first tensor says which device it is; it and the others may differ in their floating dtype.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    for name, tensor in given.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the first tensor on {first.device}; "
+                             "move them to one device")  # fmt: skip
+    if first.device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise RuntimeError(f'{op}: Triton got a tensor on {first.device}. Use backend="torch", or set '
+                           "TRITON_INTERPRET=1 before importing triton to interpret the kernel on the CPU")  # fmt: skip
+
+
+def on_device(tensor):
+    """A context in which kernels start on tensor's GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def sum_dtype(tensor):
+    """The precision of sums: float32, or float64 for float64."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def differentiable(launch, recompute, *tensors):
+    """launch(*tensors), whose gradient is that of recompute(*tensors), the same in PyTorch's operations."""
+    return _Recomputed.apply(launch, recompute, *tensors)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, launch, recompute, *tensors):
+        ctx.recompute = recompute
+        ctx.save_for_backward(*tensors)
+        return launch(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        needed = ctx.needs_input_grad[2:]
+        inputs = [t if t is None else t.detach().requires_grad_(n)
+                  for t, n in zip(ctx.saved_tensors, needed, strict=True)]  # fmt: skip
+        with torch.enable_grad():
+            out = ctx.recompute(*inputs)
+        wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+        gradients = iter(torch.autograd.grad(out, wanted, gradient))
+        return None, None, *(next(gradients) if n else None for n in needed)
