@@ -1,0 +1,55 @@
+"""KernelCase: one shape that a kernel must do. One list of them feeds tests, compile checks and benchmarks.
+
+Nothing is timed that is not tested, and nothing is launched that was not compiled for the GPUs that we name:
+the candidates of a launch are the configs of its case. `minidiff_kernels.cases` has the whole list.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100; H100 and H200; B200; MI300
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KernelCase:
+    """A kernel with the arguments of one call, and what that call computes and costs.
+
+    To compile it: signature names every run-time argument and its type ("*fp16", "i32", "fp32"), constexprs
+    every tl.constexpr that no config sets, aligned the run-time arguments that 16 divides. Each of configs
+    holds the block sizes, num_warps and num_stages, and may name the targets that it is for.
+
+    To run it: make_inputs(device) -> a dict of tensors of the real shape, tiny_inputs(device) -> a smaller
+    one that takes the same way through the kernel, in the interpreter in a second; run(**inputs) -> the
+    result; reference(**inputs) -> the same in float64. An operation of several kernels has a case for each;
+    only one of them can be run, the others have run=None.
+
+    op and shape say what it is: ("attention", (B, heads, T, S, D)), ("group_norm", (B, C, H, W)), ("geglu",
+    (M, K, N)), ("upsample_conv", (B, C_in, H, W, C_out)); where says in which models it occurs. flops and
+    bytes are the least that the operation needs.
+    """
+
+    name: str
+    kernel: Callable
+    signature: dict
+    constexprs: dict = field(default_factory=dict)
+    aligned: tuple = ()
+    configs: list = field(default_factory=list)
+    targets: tuple = TARGETS
+    op: str
+    shape: tuple
+    dtype: str = "fp16"
+    where: str = ""
+    make_inputs: Callable | None = None
+    tiny_inputs: Callable | None = None
+    run: Callable | None = None
+    reference: Callable | None = None
+    flops: int = 0
+    bytes: int = 0
+    atol: float = 0.0
+    rtol: float = 0.0
+    max_spill_bytes: int = 0  # above 0 only with a reason beside it
+
+    def configs_for(self, target: str) -> list:
+        """The configs that may be launched on target, one of TARGETS, without the key that says so."""
+        chosen = [config for config in self.configs if target in config.get("targets", self.targets)]
+        return [{key: value for key, value in config.items() if key != "targets"} for config in chosen]
