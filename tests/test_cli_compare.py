@@ -172,7 +172,7 @@ def test_a_scheduler_of_another_kind_of_model_is_refused_with_the_reason(run, sd
     for words in (["compare", PROMPT, "--schedulers", name], ["generate", PROMPT, "--scheduler", name]):
         status, out, err = run(*words, "--checkpoint", sd)
         assert (status, out, len(err)) == (2, [], 1)
-        assert f"{name} {drawing.misfits()[name]}" in err[0]
+        assert f"{name} is {drawing.misfits()[name]}" in err[0]
 
 
 def test_a_number_of_steps_that_a_sampler_cannot_make_is_told_before_drawing(run, sd, drawn):

@@ -21,7 +21,8 @@ from minidiff.train.scorer import Scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__")  # diffusers' KDPM2 gives NumPy tensors
 LEVEL = 1 / 255
-PIXEL = 1e-4
+PIXEL = 3e-4  # measured: up to 7e-5
+DOUBLE = 1e-5  # for models in float64; tables stay float32
 PROMPT = "a large red sphere left of a small blue cube"
 NAMES = list(drawing.scheduler_names().values())
 MISFITS = [name for name in drawing._all_schedulers().values() if name not in NAMES]
@@ -41,6 +42,7 @@ def takers(method, argument):
 KARRAS = [(name, {"use_karras_sigmas": True}) for name in takers("__init__", "use_karras_sigmas")]
 SPREADS = [(name, {spread: True}) for spread in ("use_exponential_sigmas", "use_beta_sigmas")
            for name in takers("__init__", spread)]  # fmt: skip
+SPREAD_SLOWLY = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 TRAILING = [(name, {"timestep_spacing": "trailing"}) for name in takers("__init__", "timestep_spacing")]
 SOLVERS = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
@@ -85,7 +87,11 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def scenes_ddpm():
-    return load_both("DDPMPipeline", hub.BUILT_IN / "scenes-ddpm")
+    """In float64: samplers that start at t = 999 divide by sqrt(a_t) = 5e-5, so that float32's rounding alone
+    moves single pixels by up to 0.005, in diffusers too.
+    """
+    both = load_both("DDPMPipeline", hub.BUILT_IN / "scenes-ddpm")
+    return [pipeline.to(torch.float64) for pipeline in both]
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +220,7 @@ def by_hand(theirs, count, steps):
     size = unet.config.sample_size
     shape = (count, 3, *([size, size] if isinstance(size, int) else size))
     scheduler.set_timesteps(steps)
-    sample = torch.randn(shape, generator=own) * scheduler.init_noise_sigma
+    sample = torch.randn(shape, generator=own, dtype=unet.dtype) * scheduler.init_noise_sigma
     options = {"generator": own} if "generator" in arguments(scheduler.step) else {}
     for t in scheduler.timesteps:
         with torch.no_grad():
@@ -253,14 +259,14 @@ def test_ddim_pipeline_takes_every_scheduler_over(tiny_ddpm, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_scenes_draws_diffusers_picture_with_every_sampler(scenes, name):
     switch(scenes, name)
-    assert_same_pictures(scenes, PROMPT, steps=8, atol=LEVEL)
+    assert_same_pictures(scenes, PROMPT, atol=LEVEL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, config", KARRAS + SPREADS)
+@pytest.mark.parametrize("name, config", KARRAS + [case for case in SPREADS if case[0] in SPREAD_SLOWLY])
 def test_scenes_draws_diffusers_picture_with_spread_sigmas(scenes, name, config):
     switch(scenes, name, **config)
-    assert_same_pictures(scenes, PROMPT, steps=6, atol=LEVEL)
+    assert_same_pictures(scenes, PROMPT, atol=LEVEL)
 
 
 @pytest.mark.slow
@@ -271,18 +277,17 @@ def test_scenes_draws_diffusers_picture_from_lists(scenes, name, lists):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [5, (1, 2)])
 @pytest.mark.parametrize("name, config", STOCHASTIC)
-def test_scenes_draws_diffusers_pictures_with_noise_in_every_step(scenes, name, config, seeds):
+def test_scenes_draws_diffusers_pictures_with_noise_in_every_step(scenes, name, config):
     switch(scenes, name, **config)
-    assert_same_pictures(scenes, PROMPT, num_images_per_prompt=2, seeds=seeds, steps=6, atol=LEVEL)
+    assert_same_pictures(scenes, PROMPT, num_images_per_prompt=2, seeds=(1, 2), atol=LEVEL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", drawn_by_diffusers_ddpm_pipeline())
 def test_scenes_ddpm_draws_diffusers_pictures_with_every_sampler(scenes_ddpm, name):
     switch(scenes_ddpm, name)
-    assert_same_pictures(scenes_ddpm, batch_size=2, seeds=(1, 2), steps=10, atol=LEVEL)
+    assert_same_pictures(scenes_ddpm, batch_size=2, seeds=(1, 2), atol=DOUBLE)
 
 
 @pytest.mark.slow
@@ -290,8 +295,8 @@ def test_scenes_ddpm_draws_diffusers_pictures_with_every_sampler(scenes_ddpm, na
 def test_scenes_ddpm_draws_with_every_sampler_what_diffusers_parts_draw(scenes_ddpm, name):
     switch(scenes_ddpm, name)
     ours, theirs = scenes_ddpm
-    drawn = ours(2, generator(), 10, "np").images
-    assert_close(drawn, by_hand(theirs, 2, 10), atol=LEVEL)
+    drawn = ours(1, generator(), 6, "np").images
+    assert_close(drawn, by_hand(theirs, 1, 6), atol=DOUBLE)
     assert drawn.std() > 0.03
 
 
@@ -309,7 +314,7 @@ def seen_in(picture):
 def test_a_sampler_that_suits_draws_what_the_prompt_says(scenes, name):
     switch(scenes, name)
     image = scenes[0](
-        PROMPT, num_inference_steps=30, guidance_scale=3, generator=generator(), output_type="np"
+        PROMPT, num_inference_steps=20, guidance_scale=3, generator=generator(), output_type="np"
     ).images[0]
     assert seen_in(image).startswith(PROMPT)
 
@@ -321,7 +326,7 @@ def test_with_a_misfit_diffusers_fails_or_draws_something_else(scenes, name):
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
     try:
         image = theirs(
-            PROMPT, num_inference_steps=30, guidance_scale=3, generator=generator(), output_type="np"
+            PROMPT, num_inference_steps=20, guidance_scale=3, generator=generator(), output_type="np"
         ).images[0]
     except AttributeError as error:  # FlowMatchEulerDiscreteScheduler
         assert "init_noise_sigma" in str(error)

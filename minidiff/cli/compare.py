@@ -41,7 +41,7 @@ def add_arguments(parser):
     add_text_arguments(parser, DEFAULTS)
     group = parser.add_argument_group("what is compared (in brackets: if left out)")
     group.add_argument("--schedulers", metavar="X,Y", help=_help_on_schedulers())
-    steps = f"numbers of steps from noise to picture ({DEFAULTS['steps']}, which takes `scenes` a minute)"
+    steps = f"numbers of steps from noise to picture ({DEFAULTS['steps']}, which takes scenes a minute)"
     group.add_argument("--steps", metavar="N,N", help=steps)
     group = parser.add_argument_group("how it is drawn")
     add_common_arguments(group, DEFAULTS, f"of every picture ({DEFAULTS['seed']})")
@@ -49,15 +49,16 @@ def add_arguments(parser):
 
 
 def _help_on_schedulers():
-    names = drawing.scheduler_names()
-    left_out = [name for name in names if name not in default_schedulers()]
-    text = f"any of {', '.join(names)} (all"
-    if left_out:
-        text += f" but {' and '.join(left_out)}, which are for models distilled to need a few steps"
-    misfits = drawing.misfits()
-    if misfits:
-        text += f"). No choice, because a checkpoint of another kind is needed: {', '.join(misfits)}"
-    return text if misfits else text + ")"
+    names, misfits = drawing.scheduler_names(), drawing.misfits()
+    distilled = " and ".join(name for name in names if name not in default_schedulers())
+    reasons = [
+        f"{', '.join(name for name in misfits if misfits[name] == why)}: {why}"
+        for why in dict.fromkeys(misfits.values())
+    ]
+    return (
+        f"any of {', '.join(names)} (all but {distilled}, which are for models distilled to need a few "
+        f"steps). Not {'; nor '.join(reasons)}"
+    )
 
 
 def default_schedulers() -> list[str]:
@@ -99,9 +100,9 @@ def parse_schedulers(text: str) -> list[str]:
     known = drawing.scheduler_names()
     names = [word.strip() for word in text.split(",") if word.strip()]
     for name in names:
-        why = drawing.misfits().get(name, f"is unknown; choose from {', '.join(known)}")
+        why = drawing.misfits().get(name, "unknown")
         if name not in known:
-            raise ValueError(f"--schedulers: {name} {why}")
+            raise ValueError(f"--schedulers: {name} is {why}; choose from {', '.join(known)}")
     return _different(names, "--schedulers")
 
 

@@ -45,16 +45,16 @@ def misfits() -> dict[str, str]:
 def _misfit(name):
     scheduler_class = getattr(minidiff, name)
     if "beta_schedule" not in inspect.signature(scheduler_class).parameters:
-        return "is for another kind of model: its timesteps are not those of a schedule of betas"
+        return "made for another kind of model, without the timesteps of a schedule of betas"
     scheduler = scheduler_class()
     scheduler.set_timesteps(10)
-    return "goes from pictures to noise" if scheduler.timesteps[0] < scheduler.timesteps[-1] else ""
+    return "made to go from pictures to noise" if scheduler.timesteps[0] < scheduler.timesteps[-1] else ""
 
 
 def scheduler_name(text: str) -> str:
     """A parser for argparse that says why a scheduler is no choice; unknown names are left to the choices."""
     if text in misfits():
-        raise argparse.ArgumentTypeError(f"{text} {misfits()[text]}")
+        raise argparse.ArgumentTypeError(f"{text} is {misfits()[text]}")
     return text
 
 
