@@ -1,61 +1,94 @@
-"""What every launcher asks before it starts a kernel: can it run on these tensors, and on which kind of GPU?
+"""What every launcher needs: can a kernel reach these tensors, in which precision does it sum, and a gradient.
 
-Block sizes are chosen per kind of GPU, `target`: "sm_80" (Ampere, and the consumer GPUs from then on), "sm_90"
-(Hopper), "sm_100" (data-centre Blackwell), "gfx942" (MI300, and AMD's others), or "interpreter".
+Kernels run on a GPU, or, to be read and tested without one, on CPU tensors in Triton's interpreter:
+TRITON_INTERPRET=1 in the environment before Triton is imported.
 """
 
 import contextlib
 import functools
+import os
 
 import torch
-import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once too, where a kernel is defined
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@triton.jit
-def _probe():
-    pass
+def check_tensors(op, **tensors):
+    """Raises TypeError, ValueError or RuntimeError unless a kernel can work on all of these; None is skipped.
 
-
-# Triton decides when a kernel is defined, by TRITON_INTERPRET, whether it is compiled or interpreted
-INTERPRETED = not isinstance(_probe, triton.JITFunction)
-
-
-def check_tensors(op: str, /, **tensors) -> None:
-    """Raises if a kernel can't read these tensors, named as the caller knows them; None stands for an absent one.
-
-    RuntimeError: a tensor is not on a GPU, unless Triton interprets. ValueError: they are on several devices.
+    The first tensor says which device it is; it and the others may differ in their floating dtype.
     """
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    (name, device), *others = given.items()
-    if device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(f'{op}: {name} is on {device}, but Triton needs a GPU. Use backend="torch", or set '
-                           "TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
-    for other, its_device in others:
-        if its_device != device:
-            raise ValueError(f"{op}: {name} is on {device}, {other} on {its_device}; move them to one device")
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    for name, tensor in given.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the first tensor on {first.device}; "
+                             "move them to one device")  # fmt: skip
+    if first.device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise RuntimeError(f'{op}: Triton got a tensor on {first.device}. Use backend="torch", or set '
+                           "TRITON_INTERPRET=1 before importing triton to interpret the kernel on the CPU")  # fmt: skip
+
+
+def on_device(tensor):
+    """A context in which kernels start on tensor's GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """The kind of GPU that device is, as in the tables of block sizes; RuntimeError before compute capability 8."""
+    """The kind of GPU, as tables of block sizes name it, that device is or comes closest to.
+
+    "sm_90" is Hopper, "sm_100" data-centre Blackwell, "gfx942" AMD, "sm_80" any other by NVIDIA: Ampere, and
+    the consumer GPUs since, which multiply matrices with its instructions. "interpreter" on a CPU. RuntimeError
+    for GPUs before compute capability 8.0, which lack bfloat16 and asynchronous copies.
+    """
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        name = torch.cuda.get_device_name(device)
-        raise RuntimeError(f"{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer. "
-                           'Use backend="torch".')  # fmt: skip
+        raise RuntimeError(f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
+                           'the kernels need 8.0 or newer. Use backend="torch".')  # fmt: skip
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run side by side at least: a GPU's multiprocessors, or 1 in the interpreter."""
+    """How many processors with their own shared memory device has; 1 in the interpreter."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on(device: torch.device):
-    """A context in which launches go to device: Triton takes the current GPU, not that of its arguments."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def sum_dtype(tensor):
+    """The precision of sums: float32, or float64 for float64."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def differentiable(launch, recompute, *tensors):
+    """launch(*tensors), whose gradient is that of recompute(*tensors), the same in PyTorch's operations."""
+    return _Recomputed.apply(launch, recompute, *tensors)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, launch, recompute, *tensors):
+        ctx.recompute = recompute
+        ctx.save_for_backward(*tensors)
+        return launch(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        needed = ctx.needs_input_grad[2:]
+        inputs = [t if t is None else t.detach().requires_grad_(n)
+                  for t, n in zip(ctx.saved_tensors, needed, strict=True)]  # fmt: skip
+        with torch.enable_grad():
+            out = ctx.recompute(*inputs)
+        wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+        gradients = iter(torch.autograd.grad(out, wanted, gradient))
+        return None, None, *(next(gradients) if n else None for n in needed)
