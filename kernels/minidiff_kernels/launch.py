@@ -1,4 +1,4 @@
-"""What every launcher needs: can a kernel reach these tensors, in which precision does it sum, and a gradient.
+"""What every launcher needs: can a kernel reach these tensors, on which GPU, how does it sum, and a gradient.
 
 Kernels run on a GPU, or, to be read and tested without one, on CPU tensors in Triton's interpreter:
 TRITON_INTERPRET=1 in the environment before Triton is imported.
@@ -31,7 +31,7 @@ def check_tensors(op, **tensors):
                              "move them to one device")  # fmt: skip
     if first.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise RuntimeError(f'{op}: Triton got a tensor on {first.device}. Use backend="torch", or set '
-                           "TRITON_INTERPRET=1 before importing triton to interpret the kernel on the CPU")  # fmt: skip
+                           "TRITON_INTERPRET=1 before importing triton to interpret kernels on a CPU")  # fmt: skip
 
 
 def on_device(tensor):
@@ -44,8 +44,8 @@ def target(device: torch.device) -> str:
     """The kind of GPU, as tables of block sizes name it, that device is or comes closest to.
 
     "sm_90" is Hopper, "sm_100" data-centre Blackwell, "gfx942" AMD, "sm_80" any other by NVIDIA: Ampere, and
-    the consumer GPUs since, which multiply matrices with its instructions. "interpreter" on a CPU. RuntimeError
-    for GPUs before compute capability 8.0, which lack bfloat16 and asynchronous copies.
+    the consumer GPUs since, which multiply matrices with its instructions. "interpreter" on a CPU.
+    RuntimeError for GPUs before compute capability 8.0, which lack bfloat16 and asynchronous copies.
     """
     if INTERPRETED:
         return "interpreter"
