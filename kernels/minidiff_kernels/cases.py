@@ -1,4 +1,7 @@
-"""CASES: every shape of the models that a kernel does, at 512² and 768², for 1, 2 and 8 pictures."""
+"""CASES: what every kernel is tested, compiled and timed on.
+
+The shapes come from shapes.py; each kernel NAME.py has its list, CASES, in NAME_cases.py beside it.
+"""
 
 from minidiff_kernels.case import KernelCase
 

@@ -1,0 +1,109 @@
+"""The registry of kernel cases: every shape that the real models show a kernel is in it, and no other one."""
+
+import pytest
+import torch
+
+import minidiff
+from minidiff import ops
+from minidiff.models.layers import Upsample2D
+from minidiff.models.unet import GEGLU
+
+shapes = pytest.importorskip("minidiff_kernels.shapes")
+
+CROSS, DOWN, UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D"
+UNETS = {  # as in the published configs
+    "SD 1.5": {"cross_attention_dim": 768},
+    "SD 2.1": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "SDXL": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": (DOWN, CROSS, CROSS),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", UP),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
+
+class Seen:
+    """The shapes that ops and layers meet while a model without data runs: sets, as in shapes.py."""
+
+    def __init__(self, monkeypatch):
+        self.attention, self.group_norm, self.geglu, self.upsample_conv = set(), set(), set(), set()
+        monkeypatch.setattr(ops, "attention", self._attend)
+        monkeypatch.setattr(ops, "group_norm", self._normalize)
+
+    def _attend(self, q, k, v, mask=None, backend="torch"):
+        self.attention.add((*q.shape[:3], *k.shape[2:]))
+        return torch.empty_like(q)
+
+    def _normalize(self, x, num_groups, weight, bias, eps, silu=False, backend="torch", **_):
+        assert num_groups == 32
+        self.group_norm.add((*x.shape, silu))
+        return torch.empty_like(x)
+
+    def watch(self, model):
+        for layer in model.modules():
+            if isinstance(layer, GEGLU):
+                layer.register_forward_hook(self._gate)
+            if isinstance(layer, Upsample2D):
+                layer.register_forward_hook(self._enlarge)
+        return model
+
+    def _gate(self, layer, inputs, output):
+        self.geglu.add((inputs[0].shape[:-1].numel(), inputs[0].shape[-1], output.shape[-1]))
+
+    def _enlarge(self, layer, inputs, output):
+        assert output.shape[2:] == (2 * inputs[0].shape[2], 2 * inputs[0].shape[3])
+        self.upsample_conv.add(tuple(inputs[0].shape))
+
+    def tables(self):
+        return self.attention, self.group_norm, self.geglu, self.upsample_conv
+
+
+def registered(model):
+    """The entries of shapes.py that say that they occur in the model, as the four sets of Seen."""
+    tables = shapes.ATTENTION, shapes.GROUP_NORM, shapes.GEGLU, shapes.UPSAMPLE_CONV
+    return tuple({shape for shape, where in table.items() if f"{model} " in where} for table in tables)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("model", UNETS)
+def test_the_registry_has_the_shapes_of_a_unet(model, monkeypatch):
+    seen, config = Seen(monkeypatch), UNETS[model]
+    with torch.device("meta"):
+        unet = seen.watch(minidiff.UNet2DConditionModel(**config))
+        for side in (picture // 8 for picture in shapes.SIDES[model]):
+            for batch in shapes.BATCHES:
+                added = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
+                text = torch.empty(batch, shapes.TEXT, config["cross_attention_dim"])
+                sample, t = torch.empty(batch, 4, side, side), torch.empty(batch)
+                unet(sample, t, text, added_cond_kwargs=added if model == "SDXL" else None)
+    assert seen.tables() == registered(f"{model} U-Net")
+
+
+@torch.no_grad()
+def test_the_registry_has_the_shapes_of_the_vae(monkeypatch):
+    seen = Seen(monkeypatch)
+    with torch.device("meta"):
+        vae = seen.watch(minidiff.AutoencoderKL(**VAE))
+        for side in shapes.SIDES["VAE"]:
+            for batch in shapes.BATCHES:
+                vae.encoder(torch.empty(batch, 3, side, side))
+                vae.decoder(torch.empty(batch, 4, side // 8, side // 8))
+    assert seen.tables() == registered("VAE")
