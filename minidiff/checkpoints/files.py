@@ -134,7 +134,10 @@ class SafetensorsFile:
             start = entry.start + i * PIECE
             end = start + len(part) * stored.itemsize
             piece = self._view(start, end, torch.uint8)
-            part.copy_((piece if entry.aligned else piece.clone()).view(stored))
+            if wanted == stored:
+                part.view(torch.uint8).copy_(piece)
+            else:
+                part.copy_((piece if entry.aligned else piece.clone()).view(stored))
             self._forget(start, end)
         return values.view(entry.shape)
 

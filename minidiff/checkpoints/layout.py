@@ -6,6 +6,7 @@ be an object of reasonable size with each key once.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -232,25 +233,31 @@ def pick_weights(names, where, weights_name, variant=None, use_safetensors=None)
     raise CheckpointError(f"{where} has no {asked}; {has}")
 
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "": 1}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def bytes_in(size: int | str) -> int:
-    """A number of bytes, or a text such as "10GB" or "500 MiB", as a number; ValueError for anything else."""
+    """A number of bytes, or a text such as "10GB", as a number; ValueError for anything else."""
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     number = float(parts[1]) * UNITS.get(parts[2], 0) if parts and not isinstance(size, bool) else 0
-    if number < 1:
+    if not 1 <= number < math.inf:
         raise ValueError(f"max_shard_size is a number of bytes or a text such as '10GB', not {size!r}")
     return int(number)
 
 
 def split(tensors, most_bytes) -> list[dict]:
-    """The table {name: tensor} as tables of at most so many bytes, in order; a larger tensor stands alone."""
-    shards, size = [{}], 0
+    """The table {name: tensor} as tables of at most so many bytes; a larger tensor has one for itself.
+
+    In the same order and with the same borders as diffusers.
+    """
+    shards, open_shard, size = [], {}, 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > most_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
+        if tensor.nbytes > most_bytes:
+            shards.append({name: tensor})
+            continue
+        if size + tensor.nbytes > most_bytes:
+            shards.append(open_shard)
+            open_shard, size = {}, 0
+        open_shard[name] = tensor
         size += tensor.nbytes
-    return shards
+    return [*shards, open_shard] if open_shard or not shards else shards
