@@ -1,21 +1,24 @@
 """Attention and group norm, each in three versions; the caller names one, and nothing is replaced in silence.
 
 `"reference"` is the formula, in any precision; `"torch"` PyTorch's fused functions; `"triton"` the kernels of
-`minidiff_kernels`, for a GPU. Read the reference versions first. Layers keep the name of their version in
-`.backend`; `use_backend` sets it. Every version has scores, softmax, means and variances in float32 or wider.
+`minidiff_kernels`, for a GPU. Read the reference versions first; backends.py has how one is chosen. Every
+version has scores, softmax, means and variances in float32 or wider.
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 
-BACKENDS = ("reference", "torch", "triton")
-
-
-class BackendUnavailable(RuntimeError):
-    """The backend that was asked for can't run here."""
+from minidiff.backends import (  # noqa: F401
+    BACKENDS,
+    BackendUnavailable,
+    available_backends,
+    check_backend,
+    default_backend,
+    kernel,
+    use_backend,
+)
 
 
 def attention(q, k, v, mask=None, backend: str = "torch") -> torch.Tensor:
@@ -33,8 +36,8 @@ def attention(q, k, v, mask=None, backend: str = "torch") -> torch.Tensor:
             mask = mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if backend == "triton":
-        return _kernel("attention", q.device)(q, k, v, mask)
-    _check_backend(backend)
+        return kernel("attention", q.device)(q, k, v, mask)
+    check_backend(backend)
     return _attention_reference(q, k, v, mask)
 
 
@@ -66,8 +69,8 @@ def group_norm(x, num_groups, weight, bias, eps, silu: bool = False, backend: st
         y = F.group_norm(x, num_groups, weight, bias, eps)
         return F.silu(y) if silu else y
     if backend == "triton":
-        return _kernel("group_norm", x.device)(x, num_groups, weight, bias, eps, silu)
-    _check_backend(backend)
+        return kernel("group_norm", x.device)(x, num_groups, weight, bias, eps, silu)
+    check_backend(backend)
     return _group_norm_reference(x, num_groups, weight, bias, eps, silu)
 
 
@@ -80,58 +83,3 @@ def _group_norm_reference(x, num_groups, weight, bias, eps, silu):
     per_channel = (-1,) + (1,) * (x.ndim - 2)
     y = y * weight.to(wide).reshape(per_channel) + bias.to(wide).reshape(per_channel)
     return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
-
-
-def use_backend(module, attention: str | None = None, group_norm: str | None = None):
-    """Sets the backend of all attention and group norm layers in module; returns module.
-
-    attention, group_norm: "reference", "torch" or "triton"; None leaves these layers as they are. Raises
-    ValueError for another name and BackendUnavailable if it can't run where module is; nothing is changed
-    then.
-    """
-    asked = {"attention": attention, "group_norm": group_norm}
-    chosen = {op: name for op, name in asked.items() if name is not None}
-    devices = {tensor.device for tensor in module.parameters()}
-    for op, name in chosen.items():
-        _check_backend(name)
-        for device in devices if name == "triton" else ():
-            _kernel(op, device)
-    for layer in module.modules():
-        if getattr(layer, "op", None) in chosen:
-            layer.backend = chosen[layer.op]
-    return module
-
-
-def available_backends(device="cpu") -> tuple[str, ...]:
-    """The backends that run here on tensors of this device."""
-    try:
-        _kernel("attention", torch.device(device))
-    except BackendUnavailable:
-        return BACKENDS[:2]
-    return BACKENDS
-
-
-def default_backend(device) -> str:
-    """The rule for a model that moves: "triton" on a GPU where the kernels are there, else "torch"."""
-    on_gpu = torch.device(device).type == "cuda"
-    return "triton" if on_gpu and "triton" in available_backends(device) else "torch"
-
-
-def _check_backend(name):
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-
-
-def _kernel(op, device):
-    """The Triton kernel for op, or BackendUnavailable with the reason why it can't run on device."""
-    try:  # imported here: Triton is absent on some systems, and slow to import
-        import minidiff_kernels
-
-        kernel = getattr(minidiff_kernels, op)
-    except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(f'{op}: backend "triton" needs minidiff_kernels, which is not usable here '
-                                 f'({error}). Use backend="torch".') from error  # fmt: skip
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendUnavailable(f'{op}: backend "triton" got a tensor on {device}. Use backend="torch", or '
-                                 "set TRITON_INTERPRET=1 before importing minidiff.")  # fmt: skip
-    return kernel

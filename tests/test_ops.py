@@ -9,7 +9,7 @@ import torch
 from parity import assert_close
 from torch import nn
 
-from minidiff import ops
+from minidiff import UNet2DModel, ops
 from minidiff.models.layers import AttentionBlock
 
 TOLERANCES = {  # of one call with values around 1, about 5 × what was measured
@@ -125,11 +125,13 @@ def no_kernels(monkeypatch):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Stand-ins that record their calls; the environment does not ask for Triton's interpreter."""
+    """Stand-ins that record their calls, and a GPU; the environment asks for no interpreter."""
     calls = []
     module = types.ModuleType("minidiff_kernels")
     module.attention = lambda *args: calls.append(args) or "attention"
     module.group_norm = lambda *args: calls.append(args) or "group_norm"
+    module.target = lambda device: "sm_90"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "minidiff_kernels", module)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return calls
@@ -162,6 +164,22 @@ def test_kernels_are_called_in_the_interpreter(kernels, monkeypatch):
     assert ops.group_norm(q.mT, 2, weight, bias, 1e-5, True, backend="triton") == "group_norm"
     assert [len(call) for call in kernels] == [4, 6]
     assert ops.available_backends() == ops.BACKENDS
+    assert ops.available_backends("cuda") == ("reference", "torch")
+    with pytest.raises(ops.BackendUnavailable, match=r"a tensor on cuda.* unset TRITON_INTERPRET before"):
+        ops.kernel("attention", torch.device("cuda"))
+
+
+def test_a_gpu_that_is_not_there_or_too_old_is_named(kernels, monkeypatch):
+    def refuse(device):
+        raise RuntimeError("Tesla V100 has compute capability 7.0; the kernels need 8.0 or newer")
+
+    monkeypatch.setattr(sys.modules["minidiff_kernels"], "target", refuse)
+    with pytest.raises(ops.BackendUnavailable, match=r"attention: Tesla V100 has compute capability 7\.0"):
+        ops.kernel("attention", torch.device("cuda"))
+    assert ops.default_backend("cuda") == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ops.BackendUnavailable, match="attention: there is no GPU for backend"):
+        ops.kernel("attention", torch.device("cuda"))
 
 
 def test_an_unknown_backend_is_named():
@@ -186,3 +204,39 @@ def test_use_backend_sets_the_layers_below_or_nothing(no_kernels):
     x = torch.randn(2, 8, 3, 5)
     expected = block(x)
     assert_close(ops.use_backend(model, attention="torch", group_norm="torch")[0](x), expected, atol=1e-6)
+
+
+def test_use_backend_refuses_operations_that_no_layer_has():
+    with pytest.raises(TypeError, match="no operation softmax; there are attention, group_norm"):
+        ops.use_backend(nn.Linear(1, 1), softmax="torch")
+
+
+def small_unet():
+    levels = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    return UNet2DModel(block_out_channels=(8,), norm_num_groups=2, attention_head_dim=4, **levels)
+
+
+def versions(model, op):
+    return {layer.backend for layer in model.modules() if getattr(layer, "op", None) == op}
+
+
+def test_a_model_takes_the_default_backend_where_it_is_moved(monkeypatch):
+    monkeypatch.setattr("minidiff.backends.default_backend", lambda device: f"default on {device}")
+    model = small_unet()
+    assert versions(model, "attention") == versions(model, "group_norm") == {"torch"}
+    model.to("meta")
+    assert versions(model, "attention") == versions(model, "group_norm") == {"default on meta"}
+    model = ops.use_backend(small_unet(), attention="reference").to(torch.float64).to("meta")
+    assert versions(model, "attention") == {"reference"}
+    assert versions(model, "group_norm") == {"default on meta"}
+
+
+def test_a_chosen_backend_is_refused_where_it_can_not_run_and_nothing_moves(kernels, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = ops.use_backend(small_unet(), attention="triton")
+    assert model.to(torch.float64).dtype == torch.float64
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ops.BackendUnavailable, match='attention: backend "triton" got a tensor on meta'):
+        model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert ops.use_backend(model, attention="torch").to("meta").device.type == "meta"

@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "schedulers": (("config", "boundary"), ("numpy",)),
     "sampling": (("config", "boundary", "schedulers"), ("numpy",)),
     "checkpoints": (("config",), ("torch", "safetensors")),
-    "ops": ((), ("torch",)),
-    "models": (("config", "checkpoints", "ops"), ("torch", "tokenizers")),
+    "backends": ((), ("torch",)),
+    "ops": (("backends",), ("torch",)),
+    "models": (("config", "checkpoints", "backends", "ops"), ("torch", "tokenizers")),
     "pipelines": (
-        ("config", "boundary", "schedulers", "sampling", "checkpoints", "ops", "models"),
+        ("config", "boundary", "schedulers", "sampling", "checkpoints", "backends", "ops", "models"),
         ("numpy", "torch", "tqdm"),
     ),
 }
@@ -38,7 +39,7 @@ MAY_IMPORT_LATE = {
     "boundary": ("PIL", "torch"),  # schedulers work without both; torch for its global generator
     "schedulers": ("minidiff.checkpoints",),  # only to read a config from a name
     "checkpoints": ("huggingface_hub",),  # half a second that nobody with a local folder needs
-    "ops": ("minidiff_kernels",),  # Triton is absent on some systems
+    "backends": ("minidiff_kernels",),  # Triton is absent on some systems
 }
 ONE_FILE_ALONE = {
     "huggingface_hub": "checkpoints/hub.py",

@@ -12,13 +12,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 
 from minidiff import ops
+from minidiff.backends import Portable
 from minidiff.checkpoints import CheckpointError, keys, layout, vocabulary
 from minidiff.checkpoints.load import PretrainedModel
 from minidiff.models.layers import Output
 from minidiff.models.options import check_options
 
 
-class _CLIPText(PretrainedModel):
+class _CLIPText(Portable, PretrainedModel):
     """What both text encoders share: the options and the parts.
 
     hidden_act is "quick_gelu" (SD 1, SDXL's first) or "gelu" (SD 2, SDXL's second). The pooled output is
@@ -177,7 +178,7 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPAttention(nn.Module):
     """Multi-head self-attention: (B, T, C), mask (1 or B, 1, T, T), True where one may look -> (B, T, C)."""
 
-    op = "attention"  # which kind of backend it has, see ops.use_backend
+    op = "attention"  # which kind of backend it has, see backends.py
 
     def __init__(self, channels, num_heads, depth):
         super().__init__()

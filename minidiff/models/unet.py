@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minidiff.backends import Portable
 from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.models.layers import (
     Attention,
@@ -36,7 +37,7 @@ from minidiff.models.levels import (
 from minidiff.models.options import check_options
 
 
-class UNet2DConditionModel(SingleFileModel):
+class UNet2DConditionModel(Portable, SingleFileModel):
     """Text-conditional U-Net of Stable Diffusion 1, 2, XL, turbo and their inpainting variants.
 
     Options are diffusers'. layers_per_block, cross_attention_dim, transformer_layers_per_block,

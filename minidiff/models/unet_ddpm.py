@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from minidiff.backends import Portable
 from minidiff.checkpoints.load import PretrainedModel
 from minidiff.models.layers import (
     AttentionBlock,
@@ -29,7 +30,7 @@ from minidiff.models.levels import check_choice, check_given, check_levels, down
 from minidiff.models.options import check_options
 
 
-class UNet2DModel(PretrainedModel):
+class UNet2DModel(Portable, PretrainedModel):
     """Unconditional, or with num_class_embeds class-conditional, U-Net on pictures.
 
     attention_head_dim is the width of a head; None: one head as wide as all channels.

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from minidiff.backends import Portable
 from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.models.layers import (
     AttentionBlock,
@@ -25,7 +26,7 @@ from minidiff.models.options import check_options
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
 
 
-class AutoencoderKL(SingleFileModel):
+class AutoencoderKL(Portable, SingleFileModel):
     """Encodes pictures as normal distributions over latents, and decodes latents.
 
     Pictures are (B, in_channels, H, W) in [-1, 1], latents (B, latent_channels, H/f, W/f), f = 2^(levels -

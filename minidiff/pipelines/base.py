@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 import minidiff
+from minidiff import backends
 from minidiff.checkpoints import CheckpointError, hub, single_file
 from minidiff.checkpoints.load import check_dtype
 from minidiff.config import DIFFUSERS_VERSION, write_json
@@ -181,11 +182,18 @@ class DiffusionPipeline:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def to(self, *args, device=None, dtype=None):
-        """Moves all models to a device, a floating dtype or both; returns the pipeline."""
+        """Moves all models to a device, a floating dtype or both; returns the pipeline.
+
+        On a GPU, attention and group norm then run as kernels (see backends.py), but for models that were
+        given another backend by name. Raises BackendUnavailable, and moves nothing, if that can't run there.
+        """
         targets = [value for value in (*args, device, dtype) if value is not None]
         for target in targets:
             if isinstance(target, torch.dtype) and not target.is_floating_point:
                 raise ValueError(f"models can't have the type {target}; take float32, float16 or bfloat16")
+            if not isinstance(target, torch.dtype):
+                for model in self.models:
+                    backends.check_move(model, torch.device(target))
         for model in self.models:
             for target in targets:
                 model.to(target)
@@ -204,8 +212,9 @@ class DiffusionPipeline:
     @property
     def backend(self) -> str:
         """Which version of attention and group norm the models run, such as "torch"; all, if several."""
-        layers = [layer for model in self.models for layer in model.modules() if hasattr(layer, "backend")]
-        return ", ".join(sorted({layer.backend for layer in layers}))
+        layers = [layer for model in self.models for layer in model.modules()]
+        used = {layer.backend for layer in layers if getattr(layer, "op", None) in backends.FOLLOWING}
+        return ", ".join(sorted(used))
 
     def set_progress_bar_config(self, **config):
         """Arguments of tqdm for every later call: `disable=True`, `desc="..."`, `leave=False`, ..."""
