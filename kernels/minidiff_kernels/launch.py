@@ -31,7 +31,7 @@ def check_tensors(op, **tensors):
                              "move them to one device")  # fmt: skip
     if first.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise RuntimeError(f'{op}: Triton got a tensor on {first.device}. Use backend="torch", or set '
-                           "TRITON_INTERPRET=1 before importing triton, which interprets on a CPU")  # fmt: skip
+                           "TRITON_INTERPRET=1 before importing triton, to interpret on a CPU")  # fmt: skip
 
 
 def on_device(tensor):
