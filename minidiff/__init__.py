@@ -48,7 +48,12 @@ _WHERE = {  # module -> its public names
         "DDPMPipeline",
         "DDIMPipeline",
         "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
         "StableDiffusionXLPipeline",
+        "AutoPipelineForText2Image",
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
     ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -1,6 +1,7 @@
 """What every pipeline has beside its call: its parts, how they are loaded, saved and moved."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ import minidiff
 from minidiff import backends
 from minidiff.checkpoints import CheckpointError, hub, single_file
 from minidiff.checkpoints.load import check_dtype
-from minidiff.config import DIFFUSERS_VERSION, write_json
+from minidiff.config import DIFFUSERS_VERSION, Config, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,38 @@ class DiffusionPipeline:
             return file.build(name, part_class, torch_dtype)
 
         return cls._assemble(file.index, f"{file.path} ({file.title})", parts, load)
+
+    @classmethod
+    def from_pipe(cls, pipeline, *, torch_dtype=None, dtype=None, **parts):
+        """A pipeline of this class with the parts of another: shared, not copied, so no memory is needed.
+
+        What changes a part, such as .to(), changes it for both. Parts and options may be given to replace the
+        other's. torch_dtype (or dtype): as if .to() were called; the parts keep their own type if None, where
+        diffusers makes them float32. ValueError for a pipeline whose parts are not this one's, TypeError for
+        what is no pipeline and for an argument that is no part.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(f"{cls.__name__}.from_pipe takes a pipeline, not a {type(pipeline).__name__}")
+        target = type(pipeline) if cls is DiffusionPipeline else cls
+        target._check_given(parts)
+        theirs = pipeline.components | {key: getattr(pipeline, key) for key in pipeline.options}
+        made = {key: part for key, part in theirs.items() if key in (*target.part_classes, *target.options)}
+        made |= parts
+        unused = [key for key, part in pipeline.components.items() if key not in made and part is not None]
+        wanted = [key for key in target.part_classes if key not in made or not target._fits(key, made[key])]
+        if unused or wanted:
+            why = f"has no use for {', '.join(unused)}" if unused else f"needs another {', '.join(wanted)}"
+            source = type(pipeline).__name__
+            raise ValueError(f"{target.__name__} can't be made of a {source}: {target.__name__} {why}")
+        torch_dtype = check_dtype(torch_dtype, dtype)
+        new = target(**made)
+        return new if torch_dtype in (None, "auto") else new.to(torch_dtype)
+
+    @classmethod
+    def _fits(cls, name, part):
+        """Whether part, if its class is one of ours, can be the pipeline's part called name."""
+        accepted, given = cls.part_classes[name], type(part).__name__
+        return not accepted or given in accepted or given not in minidiff.__all__
 
     @classmethod
     def _assemble(cls, index, where, parts, load):
@@ -232,6 +265,22 @@ def refuse_parts(pipeline, **parts):
     for name, part in parts.items():
         if part is not None:
             raise ValueError(f"{type(pipeline).__name__} has no use for a {name}; pass {name}=None")
+
+
+def repair_configs(scheduler, unet, repairs: dict):
+    """Gives a scheduler whose config has a key of repairs, {key: value}, that value, and a U-Net its size.
+
+    diffusers before 0.9 wrote a sample_size that is too small for those U-Nets, all for latents of 64 x 64.
+    """
+    for key, value in repairs.items():
+        if scheduler.config.get(key, value) != value:
+            # not through from_config: the key still counts as left at its default, as it does in diffusers
+            scheduler._set_config(Config(scheduler.config | {key: value}))
+    config = {} if unet is None else unet.config
+    written_by = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    size = config.get("sample_size")
+    if written_by and tuple(map(int, written_by.groups())) < (0, 9) and isinstance(size, int) and size < 64:
+        unet._set_config(Config(config | {"sample_size": 64}))
 
 
 def _named_class(index, part):

@@ -1,5 +1,4 @@
-"""Stable Diffusion, text to image (Rombach et al. 2022, arXiv 2112.10752):
-`StableDiffusionPipeline.__call__`.
+"""Stable Diffusion, text to image (Rombach et al. 2022, arXiv 2112.10752); see `__call__`.
 
 A text encoder turns the prompt into 77 vectors; a U-Net, which looks at them, takes the noise out of a small
 latent picture step by step; a decoder makes the large picture of it. What later pipelines share with this one
@@ -8,7 +7,6 @@ latent picture step by step; a decoder makes the large picture of it. What later
 
 import inspect
 import math
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,14 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from minidiff.boundary import draw_normal, like, to_images, to_numpy
-from minidiff.config import Config
 from minidiff.models.layers import timestep_embedding
-from minidiff.pipelines.base import DiffusionPipeline, ImagePipelineOutput, refuse_parts
+from minidiff.pipelines.base import DiffusionPipeline, ImagePipelineOutput, refuse_parts, repair_configs
 from minidiff.sampling import guide, sample
 
-MOST_PICTURES = (
-    1024  # in one call: far more would exhaust the memory, and the system end the process without a word
-)
+MOST_PICTURES = 1024  # in one call: far more exhaust the memory, and the process ends without a word
 
 
 @dataclass
@@ -43,7 +38,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     Configs are repaired as in diffusers: old checkpoints lack steps_offset=1 and clip_sample=False in the
     scheduler's, and have a U-Net's sample_size too small. There is no safety checker; ValueError if one, or
-    another part that is not used here, is given.
+    another part that is not used here, is given. Parts of a loaded pipeline serve another, without copies:
+    `StableDiffusionImg2ImgPipeline.from_pipe(pipe)`.
     """
 
     part_classes: ClassVar = {
@@ -55,6 +51,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     }
     options = ("requires_safety_checker",)
     callback_tensors: ClassVar = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    repairs: ClassVar = {"steps_offset": 1, "clip_sample": False}  # of the scheduler's config
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
@@ -62,18 +59,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ):  # fmt: skip
         refuse_parts(self, safety_checker=safety_checker, feature_extractor=feature_extractor,
                      image_encoder=image_encoder)  # fmt: skip
-        for key, value in (("steps_offset", 1), ("clip_sample", False)):
-            if scheduler.config.get(key, value) != value:
-                # not through from_config: the key still counts as left at its default, as it does in
-                # diffusers
-                scheduler._set_config(Config(scheduler.config | {key: value}))
-        _repair_sample_size(unet)
+        repair_configs(scheduler, unet, self.repairs)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.requires_safety_checker = requires_safety_checker
-        self.vae_scale_factor = 2 ** (
-            len(vae.config.block_out_channels) - 1
-        )  # pixels per latent, along a side
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
 
     @torch.no_grad()
     def __call__(
@@ -110,21 +100,25 @@ class StableDiffusionPipeline(DiffusionPipeline):
         choose_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
+        text = self.bind_text(prompt, negative_prompt, num_images_per_prompt, prompt_embeds,
+                              negative_prompt_embeds, clip_skip)  # fmt: skip
+        latents = self.prepare_latents((count, self.unet.config.in_channels, *size), generator, latents)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        latents = self.denoise(latents, text, self.scheduler.timesteps, generator, eta, callback)
+        images = self.show(latents, output_type)
+        return StableDiffusionPipelineOutput(images) if return_dict else (images, None)
+
+    def bind_text(
+        self, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
+    ) -> dict:
+        """What `predictor` needs: the texts of `encode_prompt`, as one batch where there is guidance."""
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt, None, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
             prompt_embeds, negative_prompt_embeds, clip_skip=clip_skip,
         )  # fmt: skip
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2B, 77, D)
-        text = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        latents = self.prepare_latents((count, self.unet.config.in_channels, *size), generator, latents)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        latents = self.denoise(latents, text, self.scheduler.timesteps, generator, eta, callback)
-        if output_type == "latent":
-            images = like(latents, prompt_embeds)
-        else:
-            images = to_images(self.decode(latents), output_type)
-        return StableDiffusionPipelineOutput(images) if return_dict else (images, None)
+        return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
     def encode_prompt(
         self, prompt, device=None, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True,
@@ -144,9 +138,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             return repeat(prompt_embeds, num_images_per_prompt, device, weight.dtype), None
         if negative_prompt_embeds is None:
             negatives = match_prompts(negative_prompt, prompt, len(prompt_embeds))
-            negative_prompt_embeds = self._encode(
-                negatives, prompt_embeds.shape[1], device
-            )  # never skips layers
+            length = prompt_embeds.shape[1]
+            negative_prompt_embeds = self._encode(negatives, length, device)  # never skips layers
         if prompt_embeds.shape != negative_prompt_embeds.shape:
             raise ValueError(
                 f"prompt_embeds have the shape {tuple(prompt_embeds.shape)}, negative_prompt_embeds "
@@ -185,32 +178,37 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return hidden_states[most - clip_skip]
 
     def prepare_latents(self, shape, generator=None, latents=None) -> np.ndarray:
-        """Where sampling starts: latents or new noise, times the scheduler's first level; float32 (B, C, h,
-        w).
+        """Where sampling starts: `draw_noise`, times the scheduler's first level."""
+        return self.draw_noise(shape, generator, latents) * float(self.scheduler.init_noise_sigma)
+
+    def draw_noise(self, shape, generator=None, latents=None) -> np.ndarray:
+        """Standard normal noise, or the latents that are given in its place; float32 (B, C, h, w).
 
         Half-precision models get the numbers that float32 ones get: torch draws in float32 for both.
         """
         weight = self.unet.conv_in.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if latents is None:
-            latents = draw_normal(shape, generator, dtype, weight.device)
-        elif tuple(latents.shape) != tuple(shape):
+            return draw_normal(shape, generator, dtype, weight.device)
+        if tuple(latents.shape) != tuple(shape):
             raise ValueError(f"latents have the shape {tuple(latents.shape)}; this call needs {tuple(shape)}")
-        else:
-            latents = to_numpy(torch.as_tensor(latents).to(dtype))
-        return latents * float(self.scheduler.init_noise_sigma)
+        return to_numpy(torch.as_tensor(latents).to(dtype))
 
-    def denoise(self, latents, text: dict, timesteps, generator=None, eta=0.0, callback=(None, ())):
+    def denoise(
+        self, latents, text: dict, timesteps, generator=None, eta=0.0, callback=(None, ()), blend=None
+    ):
         """The loop: latents (B, 4, h, w) from the noise of timesteps[0] to pictures' latents, float32 arrays.
 
         text: what `predictor` needs. callback: a function that runs after each step, and the names of the
-        tensors that it gets; see the call.
+        tensors that it gets; see the call. blend(latents, i) -> latents, if any, runs after step i before it.
         """
         self._num_timesteps, self._interrupt = len(timesteps), False
         loop = sample(self.predictor(text), latents, self.scheduler, timesteps=timesteps,
                       generator=generator, eta=eta)  # fmt: skip
         with tqdm(total=len(timesteps), **self._progress_bar_config) as bar:
             for step in loop:
+                if blend is not None:
+                    step.latents = blend(step.latents, step.index)
                 if callback[0] is not None:
                     self._call_back(*callback, step, text)
                 latents = step.latents
@@ -223,8 +221,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """The U-Net and guidance with the text bound to them: predict(x, t), arrays (B, 4, h, w) in and out.
 
         text["prompt_embeds"]: (B, 77, D), with guidance (2B, 77, D), the negative ones first; for SDXL also
-        add_text_embeds and add_time_ids. They are looked up at every step, so that callbacks can exchange
-        them.
+        add_text_embeds and add_time_ids. All are looked up at every step: callbacks may exchange them.
         """
 
         def predict(x, t):
@@ -234,13 +231,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
             if "add_text_embeds" in text:
                 added = {"text_embeds": text["add_text_embeds"], "time_ids": text["add_time_ids"]}
                 conditions["added_cond_kwargs"] = added
-            output = self.unet(latents, t, embeds, **conditions).sample
+            output = self.unet(self._model_input(latents, text), t, embeds, **conditions).sample
             output = like(to_numpy(output), x)
             if not guided:
                 return output
             return guide(*np.split(output, 2), self._guidance_scale, self._guidance_rescale)
 
         return predict
+
+    def _model_input(self, latents, text):
+        """What the U-Net sees of the latents, a tensor (B, 4, h, w); inpainting adds channels to it."""
+        return latents
 
     def _guidance_embedding(self, embeds):
         """For models distilled with the guidance as an input (LCM): it as waves, (B, time_cond_proj_dim)."""
@@ -249,6 +250,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
             return None
         scale = torch.full((len(embeds),), 1000 * (self._guidance_scale - 1), device=embeds.device)
         return timestep_embedding(scale, dim, flip_sin_to_cos=False, freq_shift=1).to(embeds.dtype)
+
+    def show(self, latents: np.ndarray, output_type: str):
+        """Latents, an array (B, 4, h, w), as what a call returns."""
+        if output_type == "latent":
+            return like(latents, self.unet.conv_in.weight)
+        return to_images(self.decode(latents), output_type)
 
     def decode(self, latents: np.ndarray) -> torch.Tensor:
         """Latents, an array (B, 4, h, w) -> pictures in about [-1, 1], a tensor (B, 3, H, W)."""
@@ -287,9 +294,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def _call_back(self, callback, names, step, text):
         """One call of callback_on_step_end; what it returns replaces step.latents and the texts."""
         tensors = text | {"latents": like(step.latents, text["prompt_embeds"])}
-        names = getattr(
-            callback, "tensor_inputs", names
-        )  # diffusers' PipelineCallback says itself what it needs
+        names = getattr(callback, "tensor_inputs", names)  # diffusers' PipelineCallback has its own
         changed = callback(self, step.index, step.t, {name: tensors[name] for name in names}) or {}
         if "latents" in changed:
             step.latents = like(to_numpy(changed["latents"]), step.latents)
@@ -297,9 +302,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The running call's. Callbacks may set _guidance_scale; for 1 or less they must halve
-        prompt_embeds.
-        """
+        """The running call's. Callbacks may set _guidance_scale; for 1 or less, they halve prompt_embeds."""
         return self._guidance_scale
 
     @property
@@ -316,15 +319,6 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """How many steps the running call takes."""
         return self._num_timesteps
-
-
-def _repair_sample_size(unet):
-    """Gives a U-Net for latents of 64 x 64 that size, where diffusers before 0.9 wrote a smaller one."""
-    config = {} if unet is None else unet.config
-    written_by = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
-    size = config.get("sample_size")
-    if written_by and tuple(map(int, written_by.groups())) < (0, 9) and isinstance(size, int) and size < 64:
-        unet._set_config(Config(config | {"sample_size": 64}))
 
 
 def count_prompts(prompt, prompt_embeds, negative_prompt=None, negative_prompt_embeds=None) -> int:
@@ -363,14 +357,13 @@ def match_prompts(other, prompt, count, name="negative_prompt") -> list[str]:
     return texts
 
 
-def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None):
+def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None) -> int:
     """Sets the scheduler's timesteps: a number of them, or a list of timesteps or sigmas if it takes one.
 
-    ValueError for both lists, and for a list that this scheduler can't take.
+    Returns how many steps that are. ValueError for both lists, and for one that this scheduler can't take.
     """
-    lists = {
-        name: values for name, values in (("timesteps", timesteps), ("sigmas", sigmas)) if values is not None
-    }
+    lists = {"timesteps": timesteps, "sigmas": sigmas}
+    lists = {name: values for name, values in lists.items() if values is not None}
     if len(lists) > 1:
         raise ValueError("got timesteps and sigmas; both say where the sampling goes, so pass one of them")
     for name in lists:
@@ -378,10 +371,8 @@ def choose_timesteps(scheduler, num_inference_steps, timesteps=None, sigmas=None
             raise ValueError(
                 f"{type(scheduler).__name__} takes no list of {name}; pass num_inference_steps instead"
             )
-    if lists:
-        scheduler.set_timesteps(**lists)
-    else:
-        scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_timesteps(**(lists or {"num_inference_steps": num_inference_steps}))
+    return len(scheduler.timesteps) if lists else num_inference_steps
 
 
 def repeat(embeds, times, device, dtype):

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 
-from minidiff.boundary import like, to_images
 from minidiff.pipelines.base import ImagePipelineOutput, refuse_parts
 from minidiff.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
@@ -106,10 +105,7 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
             self.scheduler.set_begin_index(0)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         latents = self.denoise(latents, text, self._until(denoising_end), generator, eta, callback)
-        if output_type == "latent":
-            images = like(latents, embeds)
-        else:
-            images = to_images(self.decode(latents), output_type)
+        images = self.show(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def encode_prompt(
