@@ -18,24 +18,28 @@ It does not: three launches, of which the middle one is tiny. Only that one know
 channels in a group are as good as 32.
 
            ┌──┬──┬──┬──┐  1 `_moments`: one block has 64 channels of a chunk of pixels and walks through it
-    chunk 0│▒▒│  │  │  │    tile by tile. Each place of the tile has its own running mean and sum of
-           ├──┼──┼──┼──┤    squares in registers; at the end the tile's rows are joined.
-    chunk 1│  │  │  │  │  2 `_tables`: one block a group joins its chunks, always in the same order, and writes
-           ├──┼──┼──┼──┤    per channel center, scale and shift: y = (x - center) · scale + shift.
-    chunk 2│  │  │  │  │  3 `_apply`: the same blocks in the opposite order, because the L2 cache still holds what
-           └──┴──┴──┴──┘    was read last.
+    chunk 0│▒▒│  │  │  │    tile by tile. Each place of the tile has a sum and a sum of squares in registers,
+           ├──┼──┼──┼──┤    counted from the first value it met; at the end the tile's rows are joined.
+    chunk 1│  │  │  │  │  2 `_tables`: one block a group joins its chunks, always in the same order, and
+           ├──┼──┼──┼──┤    writes center, scale and shift of each channel, so that
+    chunk 2│  │  │  │  │  3 `_apply` is y = (x - center) · scale + shift: the same blocks in the opposite
+           └──┴──┴──┴──┘    order, because the L2 cache still holds what was read last.
 
-Why nothing cancels: E[x²] - E[x]² loses all digits if the mean is 1e4 times the deviation. A running mean
-(Welford 1962) never squares anything but distances from the mean, and its parts are joined by Chan et al.
-1979. Means are kept as distances from the first pixel, and `center` and `shift` together hold the mean to
-twice float32's digits: x - center is exact near the mean. So float32 at mean 1e4 is as good as at mean 0.
-temb only moves the means of channels: it costs nothing in passes 1 and 3.
+Why nothing cancels: E[x²] - E[x]² loses all digits if the mean is 1e4 times the deviation. Counted from one
+of its own k values, the variance of k values loses at most a factor of k in precision, whatever the values
+are, because that value is part of the variance; k is the number of tiles in a chunk, 2 to 32. Everything else
+is joined as Chan, Golub & LeVeque 1983 (eq. 2.1) do, by squares of distances between means. Means are kept as
+distances from the first pixel, and `center` and `shift` together hold the mean to twice float32's digits:
+x - center is exact near the mean. So float32 at mean 1e4 is as good as at mean 0. temb only moves the means
+of channels: it costs nothing in passes 1 and 3.
 
 Least work for N numbers of s bytes: 2 N s bytes, or 3 N s with three launches (3 is what bandwidth is
-compared with); about 8 FLOPs a number for the sums and 8 with an exponential for the result, so memory decides:
+compared with). 4 FLOPs a number for the sums, 8 with an exponential for the result: memory decides. VAE's
 128 channels at 512 × 512 in float16 are 201 MB, 60 µs at 3.35 TB/s.
 """
 
+import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,13 +49,17 @@ import triton.language as tl
 
 from minidiff_kernels.launch import check_tensors, differentiable, on_device, sum_dtype
 
-ONE_BLOCK = 32768  # numbers of a group, padded to powers of two, that one block keeps: 64 registers in 512 threads
-TILE = 4096  # numbers of a tile: 16 in each of 256 threads, two or four loads of 16 bytes
-MAX_BLOCKS = 512  # of a picture in passes 1 and 3: 2 to 4 for each multiprocessor
+ONE_BLOCK = (
+    32768  # numbers of a group, padded to powers of two, that one block keeps: 64 registers in 512 threads
+)
+TILE = 2048  # numbers of a tile in pass 1: 8 in each of 256 threads, so that four tiles can be on their way
+MAX_BLOCKS = (
+    512  # of a picture in passes 1 and 3: 4 for each multiprocessor; no part of the result depends on the GPU
+)
 
 
 class Blocks(NamedTuple):
-    """How (C, H·W) is cut: tiles of BLOCK_N pixels × BLOCK_C channels; chunks of pixels, None if one block does a group."""
+    """How C channels of N pixels are cut into tiles, and into chunks of pixels; None: a block has a group."""
 
     BLOCK_N: int
     BLOCK_C: int
@@ -60,11 +68,11 @@ class Blocks(NamedTuple):
 
 
 def group_norm(x, num_groups, weight, bias, eps, silu=False, temb=None) -> torch.Tensor:
-    """Group norm of x + temb, followed by SiLU if silu: (B, C, …) -> (B, C, …) in the dtype and memory format of x.
+    """Group norm of x + temb, followed by SiLU if silu: (B, C, …) -> the same shape, dtype and memory format.
 
-    x (B, C, H, W), contiguous, channels_last or a view of one, or (B, C, T); weight and bias (C,) or None; temb
-    (B, C) or None. float16, bfloat16 and float32 are summed in float32, float64 in itself. The same input gives
-    the same bits, whatever else is in the batch. Differentiable once, by recomputing in PyTorch.
+    x (B, C, H, W), contiguous, channels_last or a view of one, or (B, C, T); weight and bias (C,) or None;
+    temb (B, C) or None. float16, bfloat16 and float32 are summed in float32, float64 in itself. The same
+    picture gives the same bits, whatever else is in the batch. Differentiable once, through PyTorch.
     Raises ValueError for shapes that don't fit, TypeError for other dtypes, RuntimeError without a GPU.
     """
     check_tensors("group_norm", x=x, weight=weight, bias=bias, temb=temb)
@@ -74,7 +82,11 @@ def group_norm(x, num_groups, weight, bias, eps, silu=False, temb=None) -> torch
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm: {channels} channels can't be split into {num_groups} groups; "
                          "num_groups must divide the channels")  # fmt: skip
-    fitting = {"weight": (weight, (channels,)), "bias": (bias, (channels,)), "temb": (temb, (batch, channels))}
+    fitting = {
+        "weight": (weight, (channels,)),
+        "bias": (bias, (channels,)),
+        "temb": (temb, (batch, channels)),
+    }
     for name, (tensor, shape) in fitting.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"group_norm: {name} has shape {tuple(tensor.shape)}; expected {shape} for x of "
@@ -114,18 +126,18 @@ def blocks(channels, pixels, num_groups, channels_last) -> Blocks:
 
 def _launch(x, num_groups, weight, bias, eps, silu, temb):
     batch, channels = x.shape[:2]
-    pixels = x[0, 0].numel() if batch and channels else 0
+    pixels = math.prod(x.shape[2:])
     x, y, strides = _flat(x, pixels)
     if y.numel() == 0:
         return y
     weight, bias, temb = (t if t is None else t.contiguous() for t in (weight, bias, temb))
     cut = blocks(channels, pixels, num_groups, channels_last=strides[5] == 1 and pixels > 1)
-    tile = dict(ACC=sum_dtype(x), BLOCK_N=cut.BLOCK_N, BLOCK_C=cut.BLOCK_C, num_warps=cut.num_warps)
+    tile = {"ACC": sum_dtype(x), "BLOCK_N": cut.BLOCK_N, "BLOCK_C": cut.BLOCK_C, "num_warps": cut.num_warps}
     sizes = (channels, pixels, *strides)
     per_group = channels // num_groups
     with on_device(x):
         if cut.chunk_pixels is None:
-            _norm_one_block[(batch * num_groups,)](x, y, weight, bias, temb, per_group, *sizes,
+            _norm_one_block[(batch * num_groups,)](x, y, weight, bias, temb, *sizes, PER_GROUP=per_group,
                                                    EPS=eps, SILU=silu, **tile)  # fmt: skip
             return y
         chunks = triton.cdiv(pixels, cut.chunk_pixels)
@@ -134,20 +146,21 @@ def _launch(x, num_groups, weight, bias, eps, silu, temb):
         table = torch.empty(batch, 3, channels, dtype=wide, device=x.device)
         grid = (batch * triton.cdiv(channels, cut.BLOCK_C), chunks)
         _moments[grid](x, *moments, cut.chunk_pixels, channels, pixels, *strides[:3], **tile)
-        _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, per_group, chunks, cut.chunk_pixels,
-                                       channels, pixels, strides[0], strides[2], EPS=eps, ACC=tile["ACC"],
-                                       BLOCK=1024, num_warps=4)  # fmt: skip
+        _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, chunks, cut.chunk_pixels,
+                                       channels, pixels, strides[0], strides[2], PER_GROUP=per_group, EPS=eps,
+                                       ACC=tile["ACC"], BLOCK=512, num_warps=4)  # fmt: skip
+        tile["BLOCK_N"] *= 2  # stores keep the next loads back, so it loads more at a time
         _apply[grid](x, y, table, cut.chunk_pixels, *sizes, SILU=silu, **tile)
     return y
 
 
 def _flat(x, pixels):
-    """x with evenly spaced pixels, an empty y, and the strides of batch, pixels and channels of x, then of y."""
+    """x with evenly spaced pixels, an empty y, and the strides of batch, pixels, channels of x, then of y."""
     last = x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous()
     order = torch.channels_last if last else torch.contiguous_format
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=order)
     spaced = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
-    for (_, outer), (size, inner) in zip(spaced, spaced[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(spaced):
         if outer != size * inner:  # rows with a gap between them, as in x[:, :, :, 1:]
             return _flat(x.contiguous(memory_format=order), pixels)
     step = spaced[-1][1] if spaced else x.stride(1)
@@ -162,31 +175,31 @@ def _silu(y):
 
 
 @triton.jit
-def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, per_group, channels, pixels,
+def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, channels, pixels,
                     stride_xb, stride_xn, stride_xc, stride_yb, stride_yn, stride_yc,
-                    EPS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+                    PER_GROUP: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     # One program normalizes one group of one picture, which stays in its registers.
-    groups = channels // per_group
+    groups = channels // PER_GROUP
     b = (tl.program_id(0) // groups).to(tl.int64)
-    first_channel = (tl.program_id(0) % groups) * per_group
+    first_channel = (tl.program_id(0) % groups) * PER_GROUP
     n = tl.arange(0, BLOCK_N)[:, None]
     j = tl.arange(0, BLOCK_C)
     c = first_channel + j  # (BLOCK_C,)
-    inside = (n < pixels) & (j < per_group)[None, :]  # (BLOCK_N, BLOCK_C)
+    inside = (n < pixels) & (j < PER_GROUP)[None, :]  # (BLOCK_N, BLOCK_C)
     x_ptr += b * stride_xb + first_channel.to(tl.int64) * stride_xc
     x = tl.load(x_ptr + n * stride_xn + (j * stride_xc)[None, :], mask=inside, other=0.0).to(ACC)
     x -= tl.load(x_ptr).to(ACC)  # exact near the mean: from here on small numbers
     if temb_ptr is not None:
-        x += tl.load(temb_ptr + b * channels + c, mask=j < per_group, other=0.0).to(ACC)[None, :]
-    size = (pixels * per_group).to(ACC)
-    x -= tl.sum(tl.sum(tl.where(inside, x, 0.0), 0), 0) / size
-    variance = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), 0), 0) / size
+        x += tl.load(temb_ptr + b * channels + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
+    size = (pixels * PER_GROUP).to(ACC)
+    x -= tl.sum(tl.sum(tl.where(inside, x, 0.0), 1), 0) / size
+    variance = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), 1), 0) / size
     y = x * (1.0 / tl.sqrt(variance + EPS))
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + c, mask=j < per_group, other=0.0).to(ACC)[None, :]
+        y *= tl.load(weight_ptr + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + c, mask=j < per_group, other=0.0).to(ACC)[None, :]
+        y += tl.load(bias_ptr + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
     if SILU:
         y = _silu(y)
     y_ptr += b * stride_yb + first_channel.to(tl.int64) * stride_yc
@@ -207,38 +220,41 @@ def _moments(x_ptr, mean_ptr, squares_ptr, chunk_pixels, channels, pixels, strid
     j = tl.arange(0, BLOCK_C)
     existing = j < channels - first_channel  # (BLOCK_C,)
     x_ptr += b * stride_xb + first_channel.to(tl.int64) * stride_xc
-    first = tl.load(x_ptr + j * stride_xc, mask=existing, other=0.0).to(ACC)  # (BLOCK_C,)
+    origin = tl.load(x_ptr + j * stride_xc, mask=existing, other=0.0).to(ACC)  # (BLOCK_C,)
     x_ptr += (chunk * chunk_pixels).to(tl.int64) * stride_xn
     at = x_ptr + (n * stride_xn)[:, None] + (j * stride_xc)[None, :]  # (BLOCK_N, BLOCK_C)
-    mean = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    first = tl.load(at, mask=(n < size)[:, None] & existing[None, :], other=0.0)
+    sums = tl.zeros((BLOCK_N, BLOCK_C), ACC)
     squares = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    seen = tl.zeros((1, 1), ACC)  # tiles
-    for start in range(0, size, BLOCK_N):
-        inside = (n < size - start)[:, None] & existing[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(ACC)
-        distance = tl.where(inside, x - first[None, :] - mean, 0.0)
-        seen += 1.0
-        step = distance * (1.0 / seen)
-        mean += step
-        squares += distance * (distance - step)  # Welford: old distance times new distance
+    for start in tl.range(BLOCK_N, size, BLOCK_N, loop_unroll_factor=4):
         at += BLOCK_N * stride_xn
-    visits = tl.maximum(tl.cdiv(size - n, BLOCK_N), 0).to(ACC)  # (BLOCK_N,): the last tile may be cut off
-    joint = tl.sum(mean * (visits / size)[:, None], 0)  # (BLOCK_C,)
+        inside = (n < size - start)[:, None] & existing[None, :]
+        distance = tl.load(at, mask=inside, other=first).to(ACC) - first.to(ACC)  # 0 past the end
+        sums += distance
+        squares += distance * distance
+    visits = tl.maximum(tl.cdiv(size - n, BLOCK_N), 0).to(ACC)[
+        :, None
+    ]  # (BLOCK_N, 1): the last tile may be cut
+    mean = sums / tl.maximum(visits, 1.0)  # of each place, from its first value
+    squares -= sums * mean
+    squares = tl.where(squares < 0.0, 0.0, squares)
+    mean += first.to(ACC) - origin[None, :]
+    joint = tl.sum(mean * (visits / size), 0)  # (BLOCK_C,)
     mean -= joint[None, :]
-    squares = tl.sum(squares + mean * mean * visits[:, None], 0)  # Chan: within the rows and between them
+    squares = tl.sum(squares + mean * mean * visits, 0)  # Chan: within the places and between them
     out = (b * tl.num_programs(1) + chunk) * channels + first_channel + j
     tl.store(mean_ptr + out, joint, mask=existing)
     tl.store(squares_ptr + out, squares, mask=existing)
 
 
 @triton.jit
-def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_ptr, per_group, chunks,
-            chunk_pixels, channels, pixels, stride_xb, stride_xc,
+def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_ptr, chunks,
+            chunk_pixels, channels, pixels, stride_xb, stride_xc, PER_GROUP: tl.constexpr,
             EPS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     # One program joins the moments of one group of one picture; all means are distances from `origin`.
-    groups = channels // per_group
+    groups = channels // PER_GROUP
     b = (tl.program_id(0) // groups).to(tl.int64)
-    first_channel = (tl.program_id(0) % groups) * per_group
+    first_channel = (tl.program_id(0) % groups) * PER_GROUP
     x_ptr += b * stride_xb
     mean_ptr += b * chunks * channels
     squares_ptr += b * chunks * channels
@@ -246,52 +262,54 @@ def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_
     if temb_ptr is not None:
         temb_at += b * channels
     origin = tl.load(x_ptr + first_channel.to(tl.int64) * stride_xc).to(ACC)
-    size = (pixels * per_group).to(ACC)
+    size = (pixels * PER_GROUP).to(ACC)
     sums = tl.zeros((BLOCK,), ACC)
-    for start in range(0, chunks * per_group, BLOCK):
+    for start in range(0, chunks * PER_GROUP, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
+        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, chunks,
+                                   chunk_pixels, channels, pixels, stride_xc, PER_GROUP, ACC)  # fmt: skip
         sums += distance * (count / size)
     mean = tl.sum(sums, 0)
     sums = tl.zeros((BLOCK,), ACC)
-    for start in range(0, chunks * per_group, BLOCK):
+    for start in range(0, chunks * PER_GROUP, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
-        within = tl.load(squares_ptr + (i // per_group) * channels + c, mask=i < chunks * per_group, other=0.0)
+        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, chunks,
+                                   chunk_pixels, channels, pixels, stride_xc, PER_GROUP, ACC)  # fmt: skip
+        within = tl.load(
+            squares_ptr + (i // PER_GROUP) * channels + c, mask=i < chunks * PER_GROUP, other=0.0
+        )
         sums += within + count * (distance - mean) * (distance - mean)
     rstd = 1.0 / tl.sqrt(tl.sum(sums, 0) / size + EPS)
     high = origin + mean
     low = mean - (high - origin)  # high + low is the mean to twice the digits
     table_ptr += b * 3 * channels
-    for start in range(0, per_group, BLOCK):
+    for start in range(0, PER_GROUP, BLOCK):
         i = start + tl.arange(0, BLOCK)
         c = first_channel + i
         center = high + tl.zeros((BLOCK,), ACC)
         rest = low + tl.zeros((BLOCK,), ACC)
         if temb_ptr is not None:
-            temb = tl.load(temb_at + c, mask=i < per_group, other=0.0).to(ACC)
+            temb = tl.load(temb_at + c, mask=i < PER_GROUP, other=0.0).to(ACC)
             center = high - temb
             rest += (high - center) - temb
         scale = rstd + tl.zeros((BLOCK,), ACC)
         if weight_ptr is not None:
-            scale *= tl.load(weight_ptr + c, mask=i < per_group, other=0.0).to(ACC)
+            scale *= tl.load(weight_ptr + c, mask=i < PER_GROUP, other=0.0).to(ACC)
         shift = -rest * scale
         if bias_ptr is not None:
-            shift += tl.load(bias_ptr + c, mask=i < per_group, other=0.0).to(ACC)
-        tl.store(table_ptr + c, center, mask=i < per_group)
-        tl.store(table_ptr + channels + c, scale, mask=i < per_group)
-        tl.store(table_ptr + 2 * channels + c, shift, mask=i < per_group)
+            shift += tl.load(bias_ptr + c, mask=i < PER_GROUP, other=0.0).to(ACC)
+        tl.store(table_ptr + c, center, mask=i < PER_GROUP)
+        tl.store(table_ptr + channels + c, scale, mask=i < PER_GROUP)
+        tl.store(table_ptr + 2 * channels + c, shift, mask=i < PER_GROUP)
 
 
 @triton.jit
-def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, per_group, chunks, chunk_pixels, channels, pixels,
-          stride_xc, ACC: tl.constexpr):  # fmt: skip
+def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, chunks, chunk_pixels, channels, pixels,
+          stride_xc, PER_GROUP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     # Part i of a group is one channel of one chunk: the channel, its pixels, its mean's distance from origin.
-    valid = i < chunks * per_group
-    chunk = i // per_group
-    c = first_channel + i % per_group
+    valid = i < chunks * PER_GROUP
+    chunk = i // PER_GROUP
+    c = first_channel + i % PER_GROUP
     count = tl.where(valid, tl.minimum(chunk_pixels, pixels - chunk * chunk_pixels), 0).to(ACC)
     first = tl.load(x_ptr + c.to(tl.int64) * stride_xc, mask=valid, other=0.0).to(ACC)
     distance = first - origin + tl.load(mean_ptr + chunk * channels + c, mask=valid, other=0.0)
@@ -304,7 +322,7 @@ def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, per_group, chunks
 def _apply(x_ptr, y_ptr, table_ptr, chunk_pixels, channels, pixels,
            stride_xb, stride_xn, stride_xc, stride_yb, stride_yn, stride_yc,
            SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    # One program writes BLOCK_C channels of one chunk, counted from the end: y = (x - center) * scale + shift.
+    # One program writes BLOCK_C channels of one chunk, last chunk first: y = (x - center) * scale + shift.
     tiles = tl.cdiv(channels, BLOCK_C)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (program // tiles).to(tl.int64)
