@@ -8,7 +8,8 @@ and the libraries take turns; the first run of each warms the disk's cache and d
 medians with the smallest and largest. Memory is the peak of what is resident beyond what was after the
 imports, and "of which anonymous" what no file stands behind (Linux only): pages of a mapped file count in
 the first number as soon as they are touched, although the system takes them back when it needs them. "load"
-ends when from_pretrained returns; "use" after every page of every weight was read once.
+ends when from_pretrained returns; "use" after every page of every weight was read once. "processor" is the
+time that the process's threads worked, which tells more where others use the machine.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 from pathlib import Path
 
 CODE = """
-import json, sys, time, warnings
+import json, os, sys, time, warnings
 warnings.filterwarnings("ignore")
 import torch
 library, dtype, folder = sys.argv[1:]
@@ -34,13 +35,14 @@ def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
-before, start = status("VmRSS"), time.perf_counter()
+before, start, worked = status("VmRSS"), time.perf_counter(), sum(os.times()[:2])
 pipe = pipeline.from_pretrained(folder, **options)
 load, load_peak = time.perf_counter() - start, status("VmHWM") - before
+worked = sum(os.times()[:2]) - worked
 weights = [w for m in (pipe.unet, pipe.vae, pipe.text_encoder) for w in m.parameters()]
 checksum = sum(w.detach().view(-1)[::512].double().abs().sum().item() for w in weights)
 print(json.dumps({
-    "load": load, "load peak": load_peak, "use": time.perf_counter() - start,
+    "load": load, "processor": worked, "load peak": load_peak, "use": time.perf_counter() - start,
     "use peak": status("VmHWM") - before, "anonymous": status("RssAnon"), "checksum": checksum,
     "weights": sum(w.numel() * w.element_size() for w in weights),
 }))
@@ -84,8 +86,10 @@ def main():
     if args.make:
         make(args.folder)
     whole = None
-    print("| type | library | load (s) | load + use (s) | peak of load | peak of use | of which anonymous |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| type | library | load (s) | load, processor (s) | load + use (s) | peak of load | peak of use | of which anonymous |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in ("float32", "float16"):
         rows = {"minidiff": [], "diffusers": []}
         for _ in range(args.runs + 1):
@@ -101,7 +105,7 @@ def main():
 
 def _line(measured, whole):
     cells = []
-    for key in ("load", "use"):
+    for key in ("load", "processor", "use"):
         times = [row[key] for row in measured]
         cells.append(f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})")
     for key in ("load peak", "use peak", "anonymous"):

@@ -29,7 +29,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-PIECE = 16 << 20  # bytes of a file that are in memory while a tensor is copied
+PIECE = 128 << 20  # most bytes of a file in memory while a tensor is copied; smaller ones take longer
 PICKLE_PIECE = 256 << 20  # the same for pickles, which have to be opened again for it
 MAX_PICKLE_BYTES = 16 << 20  # of the part without the values; real ones have 0.3 MB
 # Without this flag Linux maps no file larger than memory and swap, such as SDXL's U-Net on a laptop, lest all

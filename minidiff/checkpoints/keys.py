@@ -7,12 +7,14 @@ one repository may hold both spellings (SD 1.5's VAE: old ones in float32, new o
 
 import re
 
-RENAMED = (
-    # Attention of the VAE and of UNet2DModel until early 2023; the weights are (C, C) in both spellings.
+OLD_ATTENTION = (  # of the VAE and of UNet2DModel until early 2023; the weights are (C, C) in both spellings
     (r"(.+)\.query\.(weight|bias)", r"\1.to_q.\2"),
     (r"(.+)\.key\.(weight|bias)", r"\1.to_k.\2"),
     (r"(.+)\.value\.(weight|bias)", r"\1.to_v.\2"),
     (r"(.+)\.proj_attn\.(weight|bias)", r"\1.to_out.0.\2"),
+)
+RENAMED = (
+    *OLD_ATTENTION,
     # transformers 5 leaves the prefix out in CLIPTextModel; published files and its other classes have it.
     (r"(embeddings|encoder|final_layer_norm)\.(.+)", r"text_model.\1.\2"),
 )

@@ -95,7 +95,7 @@ def check(vocab, merges):
         raise CheckpointError("CLIPTokenizer: a vocabulary's ids must be 0, 1, 2, ..., each of them once")
     for merge in merges:
         left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= vocab.keys():
+        if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(
                 f"CLIPTokenizer: the vocabulary lacks a part or the result of the merge {merge!r}"
             )
