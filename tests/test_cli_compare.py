@@ -256,3 +256,12 @@ def test_the_threads_of_the_process_are_restored(run, sd):
         "compare", PROMPT, "--checkpoint", sd, "--schedulers", "ddim", "--steps", "1", "--threads", before + 1
     )
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generate_and_sample_draw_with_every_scheduler_that_they_name(run, folders, name):
+    for words, folder in zip((["generate", PROMPT], ["sample"]), folders, strict=True):
+        status, out, err = run(*words, "--checkpoint", folder, "--scheduler", name, "--steps", 4, "--seed", 1)
+        assert (status, len(out), err) == (0, 1, [])
+        with Image.open(out[0]) as image:
+            assert image.text["scheduler"] == name and np.array(image).std() > 5
