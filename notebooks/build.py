@@ -4,9 +4,9 @@
     python notebooks/build.py 01 03           # these alone, no page
     python notebooks/build.py --page          # the page alone, from the outputs that are there
 
-A notebook is written back only after it has run to its end. What would differ from run to run (times, progress
-bars, versions of the kernel) is left out. Links to the library, [`name`](../minidiff/x.py#L1), get the line
-where that name stands now. The page needs no network: formulas become MathML.
+A notebook is written back only after it has run to its end. What would differ from run to run (times,
+progress bars, versions of the kernel) is left out. Links to the library, [`name`](../minidiff/x.py#L1),
+get the line where that name stands now. The page needs no network: formulas become MathML.
 """
 
 import argparse
