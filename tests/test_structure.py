@@ -50,6 +50,7 @@ MAY_IMPORT_LATE = {
     "boundary": ("PIL", "torch"),  # schedulers work without both; torch for its global generator
     "schedulers": ("minidiff.checkpoints",),  # only to read a config from a name
     "checkpoints": ("huggingface_hub",),  # half a second that nobody with a local folder needs
+    "pipelines": ("minidiff.optimize",),  # outside the core; CUDA graphs
     "backends": ("minidiff_kernels",),  # Triton is absent on some systems
 }
 FEW_FILES_ALONE = {

@@ -232,6 +232,17 @@ class DiffusionPipeline:
                 model.to(target)
         return self
 
+    def compile(self):
+        """Makes the U-Net of a Stable Diffusion pipeline replay a CUDA graph; returns the pipeline.
+
+        The pictures stay the same but for rounding; call it after `.to`. Raises BackendUnavailable without a
+        GPU, TypeError for a pipeline with another U-Net. See optimize.py.
+        """
+        from minidiff import optimize  # inside: it is outside the core, and read by those who call this
+
+        optimize.compile_unet(self.unet)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the models are."""
