@@ -1,0 +1,29 @@
+"""What kernels that multiply matrices share: one step of a product, and the order of its tiles."""
+
+import triton
+import triton.language as tl
+
+from minidiff_kernels.launch import INTERPRETED
+
+INTERPRET = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def add_product(out, a, b):
+    """out + a b, in out's precision; float32 is not rounded to TF32."""
+    if INTERPRET:  # Triton's interpreter would multiply the bits of bfloat16 as if they were integers
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    return tl.dot(a, b, out, input_precision="ieee", out_dtype=out.dtype)
+
+
+@triton.jit
+def tile_of(program, rows, columns, GROUP: tl.constexpr = 8):
+    """(row, column) of a program's tile, in a matrix of rows × columns tiles.
+
+    Programs that run at the same time cover about a square, GROUP rows high: together they read fewer rows of
+    the one factor and columns of the other than a whole row of tiles would, and find them in the L2 cache.
+    """
+    first = program // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = program % (GROUP * columns)
+    return first + within % height, within // height
