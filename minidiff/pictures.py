@@ -16,6 +16,7 @@ from minidiff.boundary import is_tensor, to_numpy
 
 KINDS = "a PIL image, a NumPy array (H, W, C) or (N, H, W, C), a tensor (C, H, W) or (N, C, H, W), or a list"
 FURTHEST = 2.0  # from 0: a Lanczos filter shoots over 1, but 0 to 255 or 0 to 65535 are other units
+SMALLEST = 8  # pixels, of which Stable Diffusion's autoencoder makes one latent
 
 
 def from_images(images, height=None, width=None, multiple=8, region=None, latent_channels=4) -> np.ndarray:
@@ -25,7 +26,7 @@ def from_images(images, height=None, width=None, multiple=8, region=None, latent
     the size in pixels, the (first) picture's if None, rounded down to multiples of `multiple`. region (left,
     top, right, bottom): the part of PIL images that is cut out, and fitted into height x width without
     distortion. Raises ValueError for what is no picture, or a damaged one, for an alpha channel, for values
-    that are not finite or in other units, and for a picture smaller than `multiple` pixels.
+    that are not finite or in other units, and for a picture smaller than 8 (or `multiple`) pixels.
     """
     batch = _gather(images, "image")
     if isinstance(batch, list):
@@ -128,7 +129,8 @@ def _stack(arrays, channels_first, name, is_mask):
     """Arrays of 2 to 4 axes as one (N, C, H, W), float32, or float64 if they are."""
     shapes = {array.shape[1:] if array.ndim == 4 else array.shape for array in arrays}
     if len(shapes) > 1 or len({array.ndim for array in arrays}) > 1:
-        raise ValueError(f"{name} is a list of shapes {', '.join(map(str, sorted(shapes)))}; make them equal")
+        found = ", ".join(sorted({str(array.shape) for array in arrays}))
+        raise ValueError(f"{name} is a list of shapes {found}; make them equal")
     batch = np.concatenate(arrays) if arrays[0].ndim == 4 else np.stack(arrays)
     if batch.ndim == 3 and (is_mask or not channels_first):  # grey, without an axis of channels
         batch = batch[:, None] if channels_first else batch[..., None]
@@ -143,25 +145,22 @@ def _stack(arrays, channels_first, name, is_mask):
 
 
 _WITHOUT_ALPHA = "put it on a background first, or drop it: image.convert('RGB')"
+_WHICH_MASK = "pass mask.convert('L') to paint what is white, mask.getchannel('A') to paint what is opaque"
 
 
 def _check_image(image, name, is_mask):
     """Raises ValueError for a PIL image whose file is damaged, or whose mode means something else."""
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
+    except (OSError, SyntaxError) as error:  # what Pillow's readers raise
         file = getattr(image, "filename", "") or "the picture"
         raise ValueError(f"{name}: {file} is damaged: {error}") from error
-    if image.has_transparency_data and (not is_mask or _alpha(image).getextrema()[0] < 255):
-        unclear = "white or what is opaque: pass a mask without one"
-        what = f"it is unclear whether to paint what is {unclear}" if is_mask else _WITHOUT_ALPHA
+    alpha = image.getbands()[-1] in ("A", "a") or (image.mode == "P" and "transparency" in image.info)
+    if alpha and not (is_mask and image.convert("RGBA").getchannel("A").getextrema() == (255, 255)):
+        what = _WHICH_MASK if is_mask else _WITHOUT_ALPHA
         raise ValueError(f"{name} has an alpha channel (mode {image.mode}); {what}")
     if not is_mask and image.mode not in ("RGB", "L"):
         raise ValueError(f"{name} has the mode {image.mode}; make it a coloured one: image.convert('RGB')")
-
-
-def _alpha(image):
-    return image.convert("RGBA").getchannel("A")
 
 
 def _check_range(batch, name):
@@ -180,14 +179,11 @@ def _shape(pictures):
 
 def _target(batch, name, height, width, multiple):
     """(height, width) to resize to: those given, or the first picture's, as multiples of `multiple`."""
-    own = (batch[0].height, batch[0].width) if isinstance(batch, list) else batch.shape[2:]
-    if min(own) < multiple:
-        order = (
-            "" if isinstance(batch, list) else f" (shape {batch.shape} as (N, C, H, W): is the order right?)"
-        )
-        raise ValueError(
-            f"{name} has {own[0]} x {own[1]} pixels{order}; it must have at least {multiple} x {multiple}"
-        )
+    of_pil, least = isinstance(batch, list), max(multiple, SMALLEST)
+    own = (batch[0].height, batch[0].width) if of_pil else batch.shape[2:]
+    if min(own) < least:
+        order = "" if of_pil else f" (read as (N, C, H, W), it is {batch.shape}: is the order right?)"
+        raise ValueError(f"{name} has {own[0]} x {own[1]} pixels; it needs at least {least} x {least}{order}")
     given = (own[0] if height is None else height, own[1] if width is None else width)
     if min(given) < multiple:
         raise ValueError(f"height and width are {given[0]} and {given[1]}; they must be at least {multiple}")

@@ -33,7 +33,7 @@ class _AutoPipeline:
         source["local_files_only"] = local_files_only
         saved_by = hub.read_json(name_or_path, INDEX, **source).get("_class_name")
         try:
-            pipeline_class = cls._class_for(saved_by)
+            pipeline_class = cls._class_for([saved_by])
         except ValueError as error:
             raise CheckpointError(f"{name_or_path}: {error}") from None
         return pipeline_class.from_pretrained(name_or_path, **source, **options)
@@ -44,17 +44,18 @@ class _AutoPipeline:
 
         ValueError where minidiff has no such pipeline for these parts.
         """
-        return cls._class_for(type(pipeline).__name__).from_pipe(pipeline, **parts)
+        names = [parent.__name__ for parent in type(pipeline).__mro__]
+        return cls._class_for(names).from_pipe(pipeline, **parts)
 
     @classmethod
-    def _class_for(cls, name):
-        """The class that does the task with what the class called name is for."""
-        family = next((family for family in FAMILIES if name in family), None)
+    def _class_for(cls, names):
+        """The class that does the task with the parts of the first of these classes that is known."""
+        family = next((family for name in names for family in FAMILIES if name in family), None)
         if family is None:
-            raise ValueError(f"{cls.__name__} knows no {name}; it knows {', '.join(sum(FAMILIES, ()))}")
+            raise ValueError(f"{cls.__name__} knows no {names[0]}; it knows {', '.join(sum(FAMILIES, ()))}")
         wanted = family[TASKS.index(cls.task)]
         if wanted not in minidiff.__all__:
-            raise ValueError(f"for {cls.task}, a {name} needs the {wanted}, which minidiff does not have")
+            raise ValueError(f"minidiff has no {wanted}, which {cls.task} with a {names[0]} needs")
         return getattr(minidiff, wanted)
 
 

@@ -150,9 +150,12 @@ class StableDiffusionInpaintPipeline(StableDiffusionImg2ImgPipeline):
             if masked_image_latents is None and not self._blends:
                 raise ValueError("image is latents, which can't be masked; pass masked_image_latents, too")
         if sizes(mask_image, "mask_image") != pixels:
-            found = [" and ".join(f"{h} x {w}" for h, w in sorted(each))
-                     for each in (pixels, sizes(mask_image, "mask_image"))]  # fmt: skip
-            raise ValueError(f"image has {found[0]} pixels and mask_image {found[1]}; make them equal")
+            ours, theirs = (
+                " and ".join(f"{h} x {w}" for h, w in sorted(each))
+                for each in (pixels, sizes(mask_image, "mask_image"))
+            )
+            what = "image (4 channels: latents)" if latents is not None else "image"
+            raise ValueError(f"{what} has {ours} pixels and mask_image {theirs}; make them equal")
         if masked_image_latents is not None:
             shape, needed = tuple(masked_image_latents.shape), (self.vae.config.latent_channels, *size)
             if len(shape) != 4 or shape[1:] != needed:
