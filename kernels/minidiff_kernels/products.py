@@ -8,6 +8,23 @@ from minidiff_kernels.launch import INTERPRETED
 INTERPRET = tl.constexpr(INTERPRETED)
 
 
+def choose(configs, rows, columns, tiles) -> dict:
+    """The first of configs whose blocks divide the columns and make at least that many tiles, or the last.
+
+    Large blocks, which come first, read less memory; but each multiprocessor should have one.
+    """
+    for config in configs:
+        width = config["BLOCK_N"]
+        if columns % width == 0 and triton.cdiv(rows, config["BLOCK_M"]) * (columns // width) >= tiles:
+            return config
+    return configs[-1]
+
+
+def blocks(m, n, k, num_warps, num_stages) -> dict:
+    """A config of a kernel that multiplies matrices."""
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+
+
 @triton.jit
 def add_product(out, a, b):
     """out + a b, in out's precision; float32 is not rounded to TF32."""
