@@ -10,12 +10,13 @@ import numpy as np
 
 
 def pictures(images, captions=None, columns=None, size=1.6):
-    """A figure with one picture in each cell, row by row; matplotlib's, to be shown or saved.
+    """Pictures side by side as one, row by row, as what IPython displays: a JPEG, for small notebooks.
 
     images: PIL images or arrays (H, W) or (H, W, 3), floats in [0, 1] or uint8; grey ones keep their range.
-    captions: one text for each. columns: in a row, all if None. size: of a picture, in inches.
+    captions: one text for each. columns: in a row, all if None. size: of a picture, in inches of 100 pixels.
     """
     import matplotlib.pyplot as plt
+    from IPython.display import Image as Shown
 
     images = [np.asarray(image) for image in images]
     columns = min(columns or len(images), len(images))
@@ -29,8 +30,10 @@ def pictures(images, captions=None, columns=None, size=1.6):
         if captions:
             axis.set_title(captions[k], fontsize=9)
     figure.tight_layout(pad=0.3)
-    plt.close(figure)  # shown once, as the cell's value, and not again by the backend
-    return figure
+    file = io.BytesIO()
+    figure.savefig(file, format="jpeg", dpi=100, pil_kwargs={"quality": 90})
+    plt.close(figure)
+    return Shown(data=file.getvalue(), format="jpeg")
 
 
 def animation(frames, seconds=3.0, size=256, last=1.0):
