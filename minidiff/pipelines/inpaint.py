@@ -147,8 +147,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionImg2ImgPipeline):
             pixels = {(h * factor, w * factor) for h, w in pixels}
             if latents.shape[2:] != size:
                 raise ValueError(f"image is latents of {latents.shape[2:]}; this call needs {size}")
-            if masked_image_latents is None and not self._blends:
-                raise ValueError("image is latents, which can't be masked; pass masked_image_latents, too")
         if sizes(mask_image, "mask_image") != pixels:
             ours, theirs = (
                 " and ".join(f"{h} x {w}" for h, w in sorted(each))
@@ -156,6 +154,8 @@ class StableDiffusionInpaintPipeline(StableDiffusionImg2ImgPipeline):
             )
             what = "image (4 channels: latents)" if latents is not None else "image"
             raise ValueError(f"{what} has {ours} pixels and mask_image {theirs}; make them equal")
+        if latents is not None and masked_image_latents is None and not self._blends:
+            raise ValueError("image is latents, which can't be masked; pass masked_image_latents, too")
         if masked_image_latents is not None:
             shape, needed = tuple(masked_image_latents.shape), (self.vae.config.latent_channels, *size)
             if len(shape) != 4 or shape[1:] != needed:
