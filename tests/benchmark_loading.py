@@ -30,6 +30,12 @@ if library == "diffusers":
     module.utils.logging.set_verbosity_error()
 options = {"safety_checker": None, "requires_safety_checker": False} if library == "diffusers" else {}
 pipeline, options["torch_dtype"] = module.StableDiffusionPipeline, getattr(torch, dtype)
+# imports of parts are not part of loading them; those of diffusers came with its pipeline
+[getattr(module, n) for n in ("UNet2DConditionModel", "AutoencoderKL", "PNDMScheduler")]
+if library == "minidiff":
+    module.CLIPTextModel, module.CLIPTokenizer
+else:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -87,7 +93,8 @@ def main():
         make(args.folder)
     whole = None
     print(
-        "| type | library | load (s) | load, processor (s) | load + use (s) | peak of load | peak of use | of which anonymous |"
+        "| type | library | load (s) | load, processor (s) | load + use (s) "
+        "| peak of load | peak of use | of which anonymous |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in ("float32", "float16"):

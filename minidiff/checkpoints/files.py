@@ -3,7 +3,7 @@
 A file is opened first: then the names and shapes of its tensors are known, and can be held against a model,
 before a value is read. Read tensors are mapped: their bytes come from the disk when they are first used, and
 are never written back. What must be copied, to another type or to an address that its type allows, is copied
-piece by piece, and what was copied is forgotten, so that no file is ever in memory beside its copy.
+tensor by tensor, and the file's pages behind it are let go, so that no file is in memory beside its copy.
 """
 
 import contextlib
@@ -29,8 +29,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-PIECE = 128 << 20  # most bytes of a file in memory while a tensor is copied; smaller ones take longer
-PICKLE_PIECE = 256 << 20  # the same for pickles, which have to be opened again for it
+PICKLE_PIECE = 256 << 20  # bytes of a pickle that are copied before it is opened again, to forget them
 MAX_PICKLE_BYTES = 16 << 20  # of the part without the values; real ones have 0.3 MB
 # Without this flag Linux maps no file larger than memory and swap, such as SDXL's U-Net on a laptop, lest all
 # of it be written to. Python has the name since 3.13.
@@ -128,17 +127,9 @@ class SafetensorsFile:
             return torch.empty(entry.shape, dtype=wanted)
         if wanted == stored and entry.aligned:
             return self._view(entry.start, entry.end, stored).view(entry.shape)
-        values = torch.empty(entry.size, dtype=wanted)
-        per_piece = PIECE // stored.itemsize
-        for i, part in enumerate(values.split(per_piece)):
-            start = entry.start + i * PIECE
-            end = start + len(part) * stored.itemsize
-            piece = self._view(start, end, torch.uint8)
-            if wanted == stored:
-                part.view(torch.uint8).copy_(piece)
-            else:
-                part.copy_((piece if entry.aligned else piece.clone()).view(stored))
-            self._forget(start, end)
+        values = self._view(entry.start, entry.end, torch.uint8)
+        values = (values if entry.aligned else values.clone()).view(stored).to(wanted)
+        self._forget(entry.start, entry.end)
         return values.view(entry.shape)
 
     def _view(self, start, end, dtype):
