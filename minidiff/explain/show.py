@@ -21,7 +21,7 @@ def pictures(images, captions=None, columns=None, size=1.6):
     images = [np.asarray(image) for image in images]
     columns = min(columns or len(images), len(images))
     rows = math.ceil(len(images) / columns)
-    height = size + (0.28 if captions else 0)
+    height = size + (0.3 if captions else 0)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * height), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -29,7 +29,7 @@ def pictures(images, captions=None, columns=None, size=1.6):
         axis.imshow(image.clip(0, 1) if image.dtype.kind == "f" and image.ndim == 3 else image, cmap="gray")
         if captions:
             axis.set_title(captions[k], fontsize=9)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.5)
     file = io.BytesIO()
     figure.savefig(file, format="jpeg", dpi=100, pil_kwargs={"quality": 90})
     plt.close(figure)
