@@ -53,3 +53,18 @@ class KernelCase:
         """The configs that may be launched on target, one of TARGETS, without the key that says so."""
         chosen = [config for config in self.configs if target in config.get("targets", self.targets)]
         return [{key: value for key, value in config.items() if key != "targets"} for config in chosen]
+
+
+def specialized(pointers: dict, numbers: dict, unspecialized=()) -> dict:
+    """signature, constexprs and aligned of a call, by the names of its arguments.
+
+    pointers: {name: type, or None if it is left out}; numbers: {name: integer}. Triton compiles an argument
+    that is 1 or None as a constant and knows of others whether 16 divides them, but for the unspecialized.
+    """
+    given = {name: kind for name, kind in pointers.items() if kind is not None}
+    constants = {name: None for name in pointers if name not in given}
+    constants |= {name: 1 for name, number in numbers.items() if number == 1 and name not in unspecialized}
+    variable = {name: "i32" if n < 2**31 else "i64" for name, n in numbers.items() if name not in constants}
+    even = [name for name in variable if numbers[name] % 16 == 0 and name not in unspecialized]
+    aligned = (*given, *even)
+    return {"signature": given | variable, "constexprs": constants, "aligned": aligned}

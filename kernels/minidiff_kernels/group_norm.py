@@ -53,6 +53,7 @@ ONE_BLOCK = (
     32768  # numbers of a group, padded to powers of two, that one block keeps: 64 registers in 512 threads
 )
 TILE = 2048  # numbers of a tile in pass 1: 8 in each of 256 threads, so that four tiles can be on their way
+TABLE_BLOCK = 512  # parts of a group that pass 2 joins at a time
 MAX_BLOCKS = (
     512  # of a picture in passes 1 and 3: 4 for each multiprocessor; no part of the result depends on the GPU
 )
@@ -146,9 +147,9 @@ def _launch(x, num_groups, weight, bias, eps, silu, temb):
         table = torch.empty(batch, 3, channels, dtype=wide, device=x.device)
         grid = (batch * triton.cdiv(channels, cut.BLOCK_C), chunks)
         _moments[grid](x, *moments, cut.chunk_pixels, channels, pixels, *strides[:3], **tile)
-        _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, chunks, cut.chunk_pixels,
-                                       channels, pixels, strides[0], strides[2], PER_GROUP=per_group, EPS=eps,
-                                       ACC=tile["ACC"], BLOCK=512, num_warps=4)  # fmt: skip
+        _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, per_group, chunks,
+                                       cut.chunk_pixels, channels, pixels, strides[0], strides[2],
+                                       EPS=eps, ACC=tile["ACC"], BLOCK=TABLE_BLOCK, num_warps=4)  # fmt: skip
         tile["BLOCK_N"] *= 2  # stores keep the next loads back, so it loads more at a time
         _apply[grid](x, y, table, cut.chunk_pixels, *sizes, SILU=silu, **tile)
     return y
@@ -247,14 +248,18 @@ def _moments(x_ptr, mean_ptr, squares_ptr, chunk_pixels, channels, pixels, strid
     tl.store(squares_ptr + out, squares, mask=existing)
 
 
-@triton.jit
-def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_ptr, chunks,
-            chunk_pixels, channels, pixels, stride_xb, stride_xc, PER_GROUP: tl.constexpr,
+# not specialized: one compilation serves all sizes, of a kernel that hardly takes time
+UNSPECIALIZED = ["per_group", "chunks", "chunk_pixels", "channels", "pixels", "stride_xb", "stride_xc"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_ptr, per_group, chunks,
+            chunk_pixels, channels, pixels, stride_xb, stride_xc,
             EPS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     # One program joins the moments of one group of one picture; all means are distances from `origin`.
-    groups = channels // PER_GROUP
+    groups = channels // per_group
     b = (tl.program_id(0) // groups).to(tl.int64)
-    first_channel = (tl.program_id(0) % groups) * PER_GROUP
+    first_channel = (tl.program_id(0) % groups) * per_group
     x_ptr += b * stride_xb
     mean_ptr += b * chunks * channels
     squares_ptr += b * chunks * channels
@@ -262,54 +267,54 @@ def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_
     if temb_ptr is not None:
         temb_at += b * channels
     origin = tl.load(x_ptr + first_channel.to(tl.int64) * stride_xc).to(ACC)
-    size = (pixels * PER_GROUP).to(ACC)
+    size = (pixels * per_group).to(ACC)
     sums = tl.zeros((BLOCK,), ACC)
-    for start in range(0, chunks * PER_GROUP, BLOCK):
+    for start in range(0, chunks * per_group, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, PER_GROUP, ACC)  # fmt: skip
+        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
+                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
         sums += distance * (count / size)
     mean = tl.sum(sums, 0)
     sums = tl.zeros((BLOCK,), ACC)
-    for start in range(0, chunks * PER_GROUP, BLOCK):
+    for start in range(0, chunks * per_group, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, PER_GROUP, ACC)  # fmt: skip
+        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
+                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
         within = tl.load(
-            squares_ptr + (i // PER_GROUP) * channels + c, mask=i < chunks * PER_GROUP, other=0.0
+            squares_ptr + (i // per_group) * channels + c, mask=i < chunks * per_group, other=0.0
         )
         sums += within + count * (distance - mean) * (distance - mean)
     rstd = 1.0 / tl.sqrt(tl.sum(sums, 0) / size + EPS)
     high = origin + mean
     low = mean - (high - origin)  # high + low is the mean to twice the digits
     table_ptr += b * 3 * channels
-    for start in range(0, PER_GROUP, BLOCK):
+    for start in range(0, per_group, BLOCK):
         i = start + tl.arange(0, BLOCK)
         c = first_channel + i
         center = high + tl.zeros((BLOCK,), ACC)
         rest = low + tl.zeros((BLOCK,), ACC)
         if temb_ptr is not None:
-            temb = tl.load(temb_at + c, mask=i < PER_GROUP, other=0.0).to(ACC)
+            temb = tl.load(temb_at + c, mask=i < per_group, other=0.0).to(ACC)
             center = high - temb
             rest += (high - center) - temb
         scale = rstd + tl.zeros((BLOCK,), ACC)
         if weight_ptr is not None:
-            scale *= tl.load(weight_ptr + c, mask=i < PER_GROUP, other=0.0).to(ACC)
+            scale *= tl.load(weight_ptr + c, mask=i < per_group, other=0.0).to(ACC)
         shift = -rest * scale
         if bias_ptr is not None:
-            shift += tl.load(bias_ptr + c, mask=i < PER_GROUP, other=0.0).to(ACC)
-        tl.store(table_ptr + c, center, mask=i < PER_GROUP)
-        tl.store(table_ptr + channels + c, scale, mask=i < PER_GROUP)
-        tl.store(table_ptr + 2 * channels + c, shift, mask=i < PER_GROUP)
+            shift += tl.load(bias_ptr + c, mask=i < per_group, other=0.0).to(ACC)
+        tl.store(table_ptr + c, center, mask=i < per_group)
+        tl.store(table_ptr + channels + c, scale, mask=i < per_group)
+        tl.store(table_ptr + 2 * channels + c, shift, mask=i < per_group)
 
 
 @triton.jit
-def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, chunks, chunk_pixels, channels, pixels,
-          stride_xc, PER_GROUP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, per_group, chunks, chunk_pixels, channels,
+          pixels, stride_xc, ACC: tl.constexpr):  # fmt: skip
     # Part i of a group is one channel of one chunk: the channel, its pixels, its mean's distance from origin.
-    valid = i < chunks * PER_GROUP
-    chunk = i // PER_GROUP
-    c = first_channel + i % PER_GROUP
+    valid = i < chunks * per_group
+    chunk = i // per_group
+    c = first_channel + i % per_group
     count = tl.where(valid, tl.minimum(chunk_pixels, pixels - chunk * chunk_pixels), 0).to(ACC)
     first = tl.load(x_ptr + c.to(tl.int64) * stride_xc, mask=valid, other=0.0).to(ACC)
     distance = first - origin + tl.load(mean_ptr + chunk * channels + c, mask=valid, other=0.0)
