@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 BACKENDS = ("reference", "torch", "triton")
-OPERATIONS = ("attention", "group_norm")
-FOLLOWING = ("attention", "group_norm")  # operations whose default on a GPU is "triton"
+OPERATIONS = ("attention", "group_norm", "geglu", "upsample_conv")
+FOLLOWING = (
+    "attention",
+    "group_norm",
+)  # operations whose default on a GPU is "triton"; elsewhere all "torch"
 
 
 class BackendUnavailable(RuntimeError):
@@ -39,9 +42,9 @@ class Portable(nn.Module):
 def use_backend(module, **versions: str | None):
     """Sets the backend of all layers in module that do an operation; returns module.
 
-    attention, group_norm: "reference", "torch" or "triton"; None leaves these layers as they are. Raises
-    ValueError for another name, TypeError for another operation and BackendUnavailable if it can't run where
-    module is; nothing is changed then.
+    versions: attention, group_norm, geglu or upsample_conv="reference", "torch" or "triton"; None leaves
+    these layers as they are. Raises ValueError for another name, TypeError for another operation and
+    BackendUnavailable if it can't run where module is; nothing is changed then.
     """
     unknown = ", ".join(sorted(set(versions) - set(OPERATIONS)))
     if unknown:

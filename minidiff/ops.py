@@ -1,8 +1,8 @@
-"""Attention and group norm, each in three versions; the caller names one, and nothing is replaced in silence.
+"""Attention, group norm, GEGLU and upsampling, each in three versions, of which the caller names one.
 
 `"reference"` is the formula, in any precision; `"torch"` PyTorch's fused functions; `"triton"` the kernels of
-`minidiff_kernels`, for a GPU. Read the reference versions first; backends.py has how one is chosen. Every
-version has scores, softmax, means and variances in float32 or wider.
+`minidiff_kernels`, for a GPU; nothing is replaced in silence. Read the reference versions first; backends.py
+has how one is chosen. Every version has scores, softmax, means and variances in float32 or wider.
 """
 
 import math
@@ -55,21 +55,25 @@ def _attention_reference(q, k, v, mask):
     return (weights @ v.to(wide)).to(q.dtype)  # (B, heads, T, D)
 
 
-def group_norm(x, num_groups, weight, bias, eps, silu: bool = False, backend: str = "torch") -> torch.Tensor:
+def group_norm(
+    x, num_groups, weight, bias, eps, silu: bool = False, backend: str = "torch", temb=None
+) -> torch.Tensor:
     """(x - mean) / √(variance + eps) · weight + bias, per image and group (Wu & He 2018, arXiv 1803.08494).
 
     x (B, C, H, W), contiguous or channels_last; weight and bias (C,) -> the same shape. The channels form
-    num_groups groups of neighbours. silu: the result y is multiplied by sigmoid(y).
-    Raises ValueError if num_groups does not divide C, BackendUnavailable if the backend can't run here.
+    num_groups groups of neighbours. silu: the result y is multiplied by sigmoid(y). temb (B, C): added to x
+    first. Raises ValueError if num_groups does not divide C, BackendUnavailable if backend can't run here.
     """
     if x.shape[1] % num_groups:
         raise ValueError(f"group_norm: {x.shape[1]} channels can't be split into {num_groups} groups; "
                          "num_groups must divide the channels")  # fmt: skip
+    if backend == "triton":
+        return kernel("group_norm", x.device)(x, num_groups, weight, bias, eps, silu, temb)
+    if temb is not None:
+        x = x + temb[:, :, None, None]
     if backend == "torch":
         y = F.group_norm(x, num_groups, weight, bias, eps)
         return F.silu(y) if silu else y
-    if backend == "triton":
-        return kernel("group_norm", x.device)(x, num_groups, weight, bias, eps, silu)
     check_backend(backend)
     return _group_norm_reference(x, num_groups, weight, bias, eps, silu)
 
@@ -83,3 +87,42 @@ def _group_norm_reference(x, num_groups, weight, bias, eps, silu):
     per_channel = (-1,) + (1,) * (x.ndim - 2)
     y = y * weight.to(wide).reshape(per_channel) + bias.to(wide).reshape(per_channel)
     return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+
+
+def geglu(x, backend: str = "torch") -> torch.Tensor:
+    """value · GELU(gate) of x = [value, gate], (…, 2C) -> (…, C) (Shazeer 2020, arXiv 2002.05202, eq. 6).
+
+    GELU is the exact one: gate times the normal distribution's share below it, ½ (1 + erf(gate / √2)).
+    """
+    if backend == "triton":
+        return kernel("geglu", x.device)(x)
+    if backend == "torch":
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    check_backend(backend)
+    value, gate = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return (value * gate * (1 + torch.erf(gate / math.sqrt(2))) / 2).to(x.dtype)
+
+
+def upsample_conv(x, size, weight, bias, backend: str = "torch") -> torch.Tensor:
+    """Repeats pixels up to size, then convolves 3 × 3: (B, C, H, W) -> (B, C', *size).
+
+    size (height, width); weight (C', C, 3, 3), bias (C',). The kernel doubles both sides, and raises
+    ValueError for another size.
+    """
+    if backend == "triton":
+        if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
+            raise ValueError(f'upsample_conv: backend "triton" doubles a picture; {tuple(x.shape[2:])} to '
+                             f'{tuple(size)} needs backend="torch"')  # fmt: skip
+        return kernel("upsample_conv", x.device)(x, weight, bias)
+    if backend == "torch":
+        return F.conv2d(F.interpolate(x, size=tuple(size), mode="nearest"), weight, bias, padding=1)
+    check_backend(backend)
+    rows, columns = (
+        torch.arange(n, device=x.device) * old // n for n, old in zip(size, x.shape[2:], strict=True)
+    )
+    patches = F.unfold(
+        x[:, :, rows[:, None], columns].to(torch.promote_types(x.dtype, torch.float32)), 3, padding=1
+    )
+    y = weight.to(patches.dtype).flatten(1) @ patches + bias.to(patches.dtype)[:, None]  # (B, C', H' * W')
+    return y.unflatten(2, tuple(size)).to(x.dtype)

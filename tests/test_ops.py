@@ -87,6 +87,72 @@ def test_group_norm_equals_the_formula(memory_format, backend, silu, dtype):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_group_norm_adds_temb_first(backend):
+    torch.manual_seed(0)
+    x, temb, (weight, bias) = torch.randn(2, 12, 5, 7), torch.randn(2, 12), torch.randn(2, 12)
+    expected = ops.group_norm(x + temb[:, :, None, None], 4, weight, bias, 1e-5, silu=True)
+    out = ops.group_norm(x, 4, weight, bias, 1e-5, silu=True, backend=backend, temb=temb)
+    assert_close(out, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_geglu_equals_the_formula(backend, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 22, dtype=dtype)
+    value, gate = x.double().chunk(2, dim=-1)
+    expected = value * gate * torch.special.ndtr(gate)
+    out = ops.geglu(x, backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("size", [(10, 14), (9, 13)], ids=str)
+def test_upsampling_equals_the_formula(size, backend, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, 7, dtype=dtype), torch.randn(4, 3, 3, 3, dtype=dtype) / 5
+    bias = torch.randn(4, dtype=dtype)
+    big = (
+        x.double().repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )  # without the last row and column: 9 to 5
+    rows, columns = ([i * old // new for i in range(new)] for old, new in zip((5, 7), size, strict=True))
+    big = big if size == (10, 14) else x.double()[:, :, rows][:, :, :, columns]
+    expected = nn.functional.conv2d(big, weight.double(), bias.double(), padding=1)
+    out = ops.upsample_conv(x, size, weight, bias, backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_every_operation_runs_as_a_kernel_in_the_interpreter():
+    torch.manual_seed(0)
+    q, k, v = qkv((1, 2, 3, 4, 40), torch.float32)
+    x, weight = torch.randn(1, 8, 3, 5), torch.randn(8, 8, 3, 3) / 8
+    vector, temb = torch.randn(8), torch.randn(1, 8)
+    calls = [
+        (ops.attention, (q, k, v)),
+        (ops.group_norm, (x, 2, vector, vector, 1e-5, True)),
+        (
+            lambda *x, backend: ops.group_norm(*x[:-1], backend=backend, temb=x[-1]),
+            (x, 2, vector, vector, 1e-5, temb),
+        ),
+        (ops.geglu, (temb,)),
+        (ops.upsample_conv, (x, (6, 10), weight, vector)),
+    ]
+    for call, inputs in calls:
+        assert_close(call(*inputs, backend="triton"), call(*inputs, backend="reference"), atol=1e-5)
+
+
+def test_a_kernel_refuses_to_upsample_to_an_odd_size():
+    x, weight = torch.zeros(1, 2, 5, 7), torch.zeros(2, 2, 3, 3)
+    with pytest.raises(
+        ValueError, match=r'"triton" doubles a picture; \(5, 7\) to \(9, 14\) needs backend="torch"'
+    ):
+        ops.upsample_conv(x, (9, 14), weight, torch.zeros(2), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_group_norm_of_shifted_data_does_not_cancel(backend):
     torch.manual_seed(0)
     x = torch.randn(2, 8, 32, 32) + 100
@@ -162,7 +228,7 @@ def test_kernels_are_called_in_the_interpreter(kernels, monkeypatch):
     assert ops.attention(q, k, v, backend="triton") == "attention"
     weight, bias = torch.ones(4), torch.zeros(4)
     assert ops.group_norm(q.mT, 2, weight, bias, 1e-5, True, backend="triton") == "group_norm"
-    assert [len(call) for call in kernels] == [4, 6]
+    assert [len(call) for call in kernels] == [4, 7]
     assert ops.available_backends() == ops.BACKENDS
     assert ops.available_backends("cuda") == ("reference", "torch")
     with pytest.raises(ops.BackendUnavailable, match=r"a tensor on cuda.* unset TRITON_INTERPRET before"):
@@ -207,7 +273,7 @@ def test_use_backend_sets_the_layers_below_or_nothing(no_kernels):
 
 
 def test_use_backend_refuses_operations_that_no_layer_has():
-    with pytest.raises(TypeError, match="no operation softmax; there are attention, group_norm"):
+    with pytest.raises(TypeError, match="no operation softmax; there are attention, group_norm, geglu"):
         ops.use_backend(nn.Linear(1, 1), softmax="torch")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from parity import assert_close, twins
 
-from minidiff import UNet2DConditionModel, ops
+from minidiff import UNet2DConditionModel, backends, ops
 
 TINY = {"block_out_channels": (8, 16), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "norm_num_groups": 4,
@@ -178,7 +178,7 @@ def test_backends_agree():
     model, _ = twins("UNet2DConditionModel", **TINY)
     args, _ = inputs(TINY)
     expected = model(*args).sample
-    ops.use_backend(model, attention="reference", group_norm="reference")
+    ops.use_backend(model, **dict.fromkeys(backends.OPERATIONS, "reference"))
     assert {layer.backend for layer in model.modules() if hasattr(layer, "backend")} == {"reference"}
     assert_close(model(*args).sample, expected, atol=1e-12)
 

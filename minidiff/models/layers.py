@@ -35,7 +35,7 @@ class Output(dict):
 
 
 class GroupNorm(nn.Module):
-    """Group norm over (B, C, H, W), followed by an activation if act_fn names one."""
+    """Group norm of x (B, C, H, W) plus temb (B, C), if given; then an activation if act_fn names one."""
 
     op = "group_norm"
 
@@ -50,8 +50,10 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
-        y = ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu, self.backend)
+    def forward(self, x, temb=None):
+        y = ops.group_norm(
+            x, self.num_groups, self.weight, self.bias, self.eps, self.silu, self.backend, temb
+        )
         return y if self.act is None else self.act(y)
 
 
@@ -138,12 +140,12 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x, temb=None):
         hidden_states = self.conv1(self.norm1(x))  # (B, C_out, H, W)
         if temb is not None:
-            temb = self.time_emb_proj(self.act(temb))[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
+            temb = self.time_emb_proj(self.act(temb))  # (B, C_out or 2 C_out)
         if self.scale_shift:
-            scale, shift = temb.chunk(2, dim=1)
+            scale, shift = temb[:, :, None, None].chunk(2, dim=1)
             hidden_states = self.act(self.norm2(hidden_states) * (1 + scale) + shift)
         else:
-            hidden_states = self.norm2(hidden_states if temb is None else hidden_states + temb)
+            hidden_states = self.norm2(hidden_states, temb)
         hidden_states = self.conv2(hidden_states)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -168,13 +170,15 @@ class Downsample2D(nn.Module):
 class Upsample2D(nn.Module):
     """Repeats pixels, then convolves: (B, C, H, W) -> (B, C, 2H, 2W), or size (height, width) if given."""
 
+    op, backend = "upsample_conv", "torch"
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
         size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return ops.upsample_conv(x, size, self.conv.weight, self.conv.bias, self.backend)
 
 
 def timestep_embedding(timesteps, dim, flip_sin_to_cos, freq_shift):

@@ -9,9 +9,9 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from minidiff import ops
 from minidiff.backends import Portable
 from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.models.layers import (
@@ -239,15 +239,16 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value · GELU(gate), both linear in x (Shazeer 2020, arXiv 2002.05202, eq. 6): (…, C) -> (…, width)."""
+    """value · GELU(gate), both linear in x: (…, C) -> (…, width)."""
+
+    op, backend = "geglu", "torch"
 
     def __init__(self, channels, width):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * width)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return ops.geglu(self.proj(x), self.backend)
 
 
 def _bias(mask, sample):
