@@ -2,7 +2,7 @@
 
 Papers: Dao et al. 2022, arXiv 2205.14135, algorithm 1; Dao 2023, arXiv 2307.08691. The running softmax is
 from Milakov & Gimelshein 2018, arXiv 1805.02867. Read `_attention_tiled`, then `_attention_short`, then
-`attention`.
+`attention`; the sizes of blocks are in attention_blocks.py.
 
     scores of one head, (T, S)
                  keys ──────────►            global memory   q, k, v and out, each read or written in tiles;
@@ -47,49 +47,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minidiff_kernels.launch import (
-    INTERPRETED,
-    check_tensors,
-    differentiable,
-    multiprocessors,
-    on_device,
-    target,
-)
+from minidiff_kernels import launch
+from minidiff_kernels.attention_blocks import LARGEST, blocks_of, config_of, constants_of, is_short
 from minidiff_kernels.products import add_product
 
-SLICE, LARGEST = 256, 512  # columns that one block accumulates, and that a head has at most
-SHORT_KEYS = 128  # stay on chip
-# Blocks for heads of up to so many columns, {columns: (BLOCK_M, BLOCK_N, num_warps, num_stages)}, the largest
-# that fit and don't spill, found by compiling. Two of sm_90's share a multiprocessor up to 80 columns and at
-# 160, so that one's exponentials overlap with the other's products. sm_80's fit the 99 KiB of consumer GPUs.
-TILED = {
-    "sm_80": {
-        80: (128, 64, 8, 2),
-        128: (128, 32, 8, 2),
-        160: (64, 32, 4, 2),
-        256: (64, 32, 8, 2),
-        512: (64, 16, 8, 2),
-    },
-    "sm_90": {
-        80: (128, 64, 8, 3),
-        128: (128, 64, 8, 2),
-        160: (64, 64, 4, 2),
-        256: (128, 32, 8, 2),
-        512: (64, 32, 8, 2),
-    },
-    "sm_100": {
-        80: (128, 64, 8, 3),
-        128: (128, 64, 8, 2),
-        160: (64, 64, 4, 2),
-        256: (64, 32, 8, 2),
-        512: (64, 32, 8, 2),
-    },
-    "gfx942": {128: (128, 64, 8, 2), 160: (64, 32, 4, 2), 256: (64, 32, 8, 2), 512: (64, 16, 8, 2)},
-    "masked": {256: (64, 32, 8, 2), 512: (64, 16, 8, 2)},  # each number of a mask is loaded by itself
-    "float32": {128: (64, 32, 8, 2), 160: (64, 16, 8, 2), 256: (32, 16, 8, 2), 512: (32, 16, 8, 1)},
-}
-# {columns: (BLOCK_M, num_warps, num_stages)}
-SHORT = {"all": {80: (64, 4, 2), 160: (64, 4, 1)}, "masked": {128: (32, 4, 2)}}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -106,19 +67,19 @@ def attention(q, k, v, mask=None) -> torch.Tensor:
     their weight is 0, as in any product of matrices.
     Raises ValueError for shapes that don't fit, TypeError for other dtypes, RuntimeError without a GPU.
     """
-    check_tensors("attention", q=q, k=k, v=v)
+    launch.check_tensors("attention", q=q, k=k, v=v)
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit; "
                          "expected q (B, heads, T, D) and k, v (B, heads, S, D)")  # fmt: skip
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
-    if q.dtype == torch.float64 and not INTERPRETED:
+    if q.dtype == torch.float64 and not launch.INTERPRETED:
         raise TypeError("attention: the kernels take float64 in Triton's interpreter only; "
                         'use backend="torch"')  # fmt: skip
     if not 1 <= q.shape[3] <= LARGEST:
         raise ValueError(f"attention: heads of {q.shape[3]} numbers; the kernels take 1 to {LARGEST}. "
                          'Use backend="torch".')  # fmt: skip
-    return differentiable(_launch, _recompute, q, k, v, _checked_mask(mask, q, k))
+    return launch.differentiable(_launch, _recompute, q, k, v, _checked_mask(mask, q, k))
 
 
 def _checked_mask(mask, q, k):
@@ -130,9 +91,8 @@ def _checked_mask(mask, q, k):
     shape = (*q.shape[:3], k.shape[2])
     fits = mask.ndim <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False))
     if not fits:
-        raise ValueError(
-            f"attention: mask {tuple(mask.shape)} does not broadcast to (B, heads, T, S) = {shape}"
-        )
+        raise ValueError(f"attention: mask {tuple(mask.shape)} does not broadcast to "
+                         f"(B, heads, T, S) = {shape}")  # fmt: skip
     if mask.is_complex():
         raise TypeError(f"attention: mask is {mask.dtype}; expected bool or numbers to add")
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -161,58 +121,17 @@ def _launch(q, k, v, mask):
     arguments += [0, 0, 0, 0] if mask is None else mask.stride()
     arguments += [heads, queries, keys]
     short = is_short(keys, size, q.element_size(), kind)
-    config = config_of(short, size, q.element_size(), kind, target(q.device))
-    constants = constants_of(short, keys, size, kind, unit, config)
+    config = config_of(short, keys, blocks_of(short, size, q.element_size(), kind, launch.target(q.device)))
+    constants = constants_of(short, keys, size, kind, unit) | config
     tiles = triton.cdiv(queries, config["BLOCK_M"])
-    with on_device(q):
+    with launch.on_device(q):
         if short:  # as many tiles a block as leave four blocks for each multiprocessor
-            run = min(max(batch * heads * tiles // (4 * multiprocessors(q.device)), 1), 8)
+            run = min(max(batch * heads * tiles // (4 * launch.multiprocessors(q.device)), 1), 8)
             _attention_short[(batch * heads * triton.cdiv(tiles, run),)](*arguments, run, **constants)
         else:
-            _attention_tiled[(batch * heads * tiles, triton.cdiv(size, SLICE))](*arguments, **constants)
+            slices = triton.cdiv(size, constants["V0"] + constants["V1"])
+            _attention_tiled[(batch * heads * tiles, slices)](*arguments, **constants)
     return out
-
-
-def is_short(keys: int, size: int, itemsize: int, kind: str | None) -> bool:
-    """Whether _attention_short does it: what it keeps must fit on chip, and float32 takes too much."""
-    widest = max(SHORT["masked" if kind else "all"])
-    return keys <= SHORT_KEYS and size <= widest and (itemsize == 2 or INTERPRETED)
-
-
-def split(size: int) -> tuple[int, int]:
-    """The tiles, powers of two from 16 on, that size numbers are cut into; the second may be 0."""
-    first = max(16, 1 << (size.bit_length() - 1))
-    return first, 0 if size <= first else max(16, 1 << (size - first - 1).bit_length())
-
-
-def constants_of(short: bool, keys: int, size: int, kind: str | None, unit: int, config: dict) -> dict:
-    """All constants of a kernel, and its launch options; kind is the mask's: "bool", "float" or None."""
-    first, rest = split(size)
-    both = {
-        "SCALE": 1 / math.sqrt(size),
-        "MASK": kind,
-        "UNIT": unit,
-        "D": size,
-        "D0": first,
-        "D1": rest,
-    } | config
-    if short:
-        first, rest = split(keys)
-        return both | {"N0": first, "N1": rest}
-    return both | {"SLICE": SLICE, "EVEN": keys % config["BLOCK_N"] == 0}
-
-
-def config_of(short: bool, size: int, itemsize: int, kind: str | None, target: str) -> dict:
-    """The block sizes that are launched on target."""
-    if target == "interpreter":
-        itemsize, kind, target = 2, None, "sm_90"  # registers don't matter
-    if short:
-        row, names = SHORT["masked" if kind else "all"], ("BLOCK_M", "num_warps", "num_stages")
-    else:
-        row = TILED["float32" if itemsize > 2 else "masked" if kind else target]
-        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    blocks = next(blocks for columns, blocks in row.items() if sum(split(size)) <= columns)
-    return dict(zip(names, blocks, strict=True))
 
 
 STRIDES = [f"stride_{x}{axis}" for x in "qkvo" for axis in "bht"] + ["stride_mb", "stride_mh", "stride_mt"]
@@ -226,15 +145,13 @@ def _attention_tiled(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
                      stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
                      stride_mb, stride_mh, stride_mt, stride_ms, heads, T, S,
                      SCALE: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
-                     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SLICE: tl.constexpr,
+                     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    # One program computes BLOCK_M rows of one head, and of their columns those of one slice, V0 and V1.
+    # One program computes BLOCK_M rows of one head, all columns or a slice: V0 and V1 of them.
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    V0: tl.constexpr = D0 if D0 < SLICE else SLICE
-    V1: tl.constexpr = D1 if D <= SLICE else 0
     blocks = tl.cdiv(T, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
-    column = tl.program_id(1) * SLICE
+    column = tl.program_id(1) * V0 if D > V0 + V1 else 0
     b, h = _head(tl.program_id(0) // blocks, heads)
     stride_qt, stride_kt = stride_qt * UNIT, stride_kt * UNIT
     stride_vt, stride_ot = stride_vt * UNIT, stride_ot * UNIT
@@ -245,27 +162,25 @@ def _attention_tiled(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
     if MASK is not None:
         mask_ptr += b * stride_mb + h * stride_mh + first.to(tl.int64) * stride_mt
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    q0, q1 = _load(q_ptr, stride_qt, rows, T - first, D, D0, D1, False)  # (BLOCK_M, D0), (BLOCK_M, D1)
+    q0, q1 = _load(q_ptr, stride_qt, rows, T - first, D, D0, D1, D, False)  # (BLOCK_M, D0), (BLOCK_M, D1)
     top = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     out0 = tl.zeros((BLOCK_M, V0), ACC)
     out1 = tl.zeros((BLOCK_M, V1 if V1 > 0 else 16), ACC)
     for start in range(0, S, BLOCK_N):
         left = S - start
-        k0, k1 = _load(k_ptr, stride_kt, keys, left, D, D0, D1, EVEN)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        k0, k1 = _load(k_ptr, stride_kt, keys, left, D, D0, D1, D, EVEN)  # (BLOCK_N, D0), (BLOCK_N, D1)
         scores = _scores(q0, q1, k0, k1, D1, ACC)  # (BLOCK_M, BLOCK_N)
-        scores = _masked(
-            scores, mask_ptr, stride_mt, stride_ms, rows, T - first, keys, left, SCALE, MASK, EVEN
-        )
+        scores = _masked(scores, mask_ptr, stride_mt, stride_ms, rows, T - first, keys, left,
+                         SCALE, MASK, EVEN)  # fmt: skip
         highest = tl.maximum(top, _highest(scores, SCALE, MASK))  # (BLOCK_M,)
         weights = _weights(scores, highest, SCALE, MASK)  # (BLOCK_M, BLOCK_N)
         rescale = tl.exp2(top - _finite(highest))  # (BLOCK_M,), at most 1
         total = total * rescale + tl.sum(weights, 1)
         out0, out1 = out0 * rescale[:, None], out1 * rescale[:, None]
-        v0, v1 = _load(v_ptr, stride_vt, keys, left, D - column, V0, V1, EVEN)  # (BLOCK_N, V0), (BLOCK_N, V1)
-        out0 = add_product(out0, weights.to(q0.dtype), v0)
-        if V1 > 0:
-            out1 = add_product(out1, weights.to(q0.dtype), v1)
+        # (BLOCK_N, V0), (BLOCK_N, V1)
+        v0, v1 = _load(v_ptr, stride_vt, keys, left, D - column, V0, V1, (D - 1) % (V0 + V1) + 1, EVEN)
+        out0, out1 = _add_products(out0, out1, weights, v0, v1, V1)
         top = highest
         k_ptr += BLOCK_N * stride_kt
         v_ptr += BLOCK_N * stride_vt
@@ -297,35 +212,30 @@ def _attention_short(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
         mask_ptr += b * stride_mb + h * stride_mh + first.to(tl.int64) * stride_mt
     rows, keys0 = tl.arange(0, BLOCK_M), tl.arange(0, N0)
     keys1 = N0 + tl.arange(0, N1 if N1 > 0 else 16)
-    k00, k01 = _load(k_ptr, stride_kt, keys0, S, D, D0, D1, False)  # (N0, D0), (N0, D1)
-    v00, v01 = _load(v_ptr, stride_vt, keys0, S, D, D0, D1, False)
-    k10, k11 = _load(k_ptr, stride_kt, keys1, S, D, D0, D1, False)  # (N1, D0), (N1, D1), unused if N1 is 0
-    v10, v11 = _load(v_ptr, stride_vt, keys1, S, D, D0, D1, False)
+    k00, k01 = _load(k_ptr, stride_kt, keys0, S, D, D0, D1, D, False)  # (N0, D0), (N0, D1)
+    v00, v01 = _load(v_ptr, stride_vt, keys0, S, D, D0, D1, D, False)
+    k10, k11 = _load(k_ptr, stride_kt, keys1, S, D, D0, D1, D, False)  # (N1, D0), (N1, D1), unused if N1 is 0
+    v10, v11 = _load(v_ptr, stride_vt, keys1, S, D, D0, D1, D, False)
     for start in range(first, tl.minimum(first + BLOCK_M * run, T), BLOCK_M):
         left = T - start
-        q0, q1 = _load(q_ptr, stride_qt, rows, left, D, D0, D1, False)  # (BLOCK_M, D0), (BLOCK_M, D1)
+        q0, q1 = _load(q_ptr, stride_qt, rows, left, D, D0, D1, D, False)  # (BLOCK_M, D0), (BLOCK_M, D1)
         scores0 = _scores(q0, q1, k00, k01, D1, ACC)  # (BLOCK_M, N0)
         scores0 = _masked(scores0, mask_ptr, stride_mt, stride_ms, rows, left, keys0, S, SCALE, MASK, False)
         highest = _highest(scores0, SCALE, MASK)  # (BLOCK_M,)
         if N1 > 0:
             scores1 = _scores(q0, q1, k10, k11, D1, ACC)  # (BLOCK_M, N1)
-            scores1 = _masked(
-                scores1, mask_ptr, stride_mt, stride_ms, rows, left, keys1, S, SCALE, MASK, False
-            )
+            scores1 = _masked(scores1, mask_ptr, stride_mt, stride_ms, rows, left, keys1, S,
+                              SCALE, MASK, False)  # fmt: skip
             highest = tl.maximum(highest, _highest(scores1, SCALE, MASK))
         weights = _weights(scores0, highest, SCALE, MASK)
         total = tl.sum(weights, 1)
         out0 = tl.zeros((BLOCK_M, D0), ACC)
         out1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), ACC)
-        out0 = add_product(out0, weights.to(q0.dtype), v00)
-        if D1 > 0:
-            out1 = add_product(out1, weights.to(q0.dtype), v01)
+        out0, out1 = _add_products(out0, out1, weights, v00, v01, D1)
         if N1 > 0:
             weights = _weights(scores1, highest, SCALE, MASK)
             total += tl.sum(weights, 1)
-            out0 = add_product(out0, weights.to(q0.dtype), v10)
-            if D1 > 0:
-                out1 = add_product(out1, weights.to(q0.dtype), v11)
+            out0, out1 = _add_products(out0, out1, weights, v10, v11, D1)
         _store(o_ptr, stride_ot, rows, left, D, out0, out1, total, D0, D1)
         q_ptr += BLOCK_M * stride_qt
         o_ptr += BLOCK_M * stride_ot
@@ -340,17 +250,18 @@ def _head(index, heads):
 
 @triton.jit
 def _load(ptr, stride_t, rows, row_limit, column_limit,
-          C0: tl.constexpr, C1: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+          C0: tl.constexpr, C1: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     # Tiles of C0 and C1 neighbouring columns, 0 outside. If C1 is 0, the second is the first, and not used.
+    # What never lies outside needs no mask: the first WHOLE columns, and all rows if EVEN.
     columns = tl.arange(0, C0)
     inside = ((rows < row_limit) | EVEN)[:, None]  # (rows, 1)
     at = ptr + rows[:, None] * stride_t + columns[None, :]
-    x0 = tl.load(at, mask=inside & (columns < column_limit)[None, :], other=0.0)
+    x0 = tl.load(at, mask=inside & ((columns < column_limit) | (C0 <= WHOLE))[None, :], other=0.0)
     x1 = x0
     if C1 > 0:
         columns = C0 + tl.arange(0, C1)
         at = ptr + rows[:, None] * stride_t + columns[None, :]
-        x1 = tl.load(at, mask=inside & (columns < column_limit)[None, :], other=0.0)
+        x1 = tl.load(at, mask=inside & ((columns < column_limit) | (C0 + C1 <= WHOLE))[None, :], other=0.0)
     return x0, x1
 
 
@@ -361,6 +272,15 @@ def _scores(q0, q1, k0, k1, D1: tl.constexpr, ACC: tl.constexpr):
     if D1 > 0:
         scores = add_product(scores, q1, k1.T)
     return scores
+
+
+@triton.jit
+def _add_products(out0, out1, weights, v0, v1, C1: tl.constexpr):
+    weights = weights.to(v0.dtype)
+    out0 = add_product(out0, weights, v0)
+    if C1 > 0:
+        out1 = add_product(out1, weights, v1)
+    return out0, out1
 
 
 @triton.jit
@@ -390,7 +310,7 @@ def _highest(scores, SCALE: tl.constexpr, MASK: tl.constexpr):
 def _weights(scores, highest, SCALE: tl.constexpr, MASK: tl.constexpr):
     # exp of what scores are above the highest: 2 ** (factor * score - highest), in one multiply-add
     FACTOR: tl.constexpr = 1.0 if MASK == "float" else SCALE * LOG2_E
-    return tl.exp2(scores * FACTOR - _finite(highest)[:, None])
+    return tl.exp2(tl.fma(scores, tl.full(scores.shape, FACTOR, scores.dtype), -_finite(highest)[:, None]))
 
 
 @triton.jit
@@ -399,9 +319,8 @@ def _finite(highest):
 
 
 @triton.jit
-def _store(
-    ptr, stride_t, rows, row_limit, column_limit, out0, out1, total, C0: tl.constexpr, C1: tl.constexpr
-):
+def _store(ptr, stride_t, rows, row_limit, column_limit, out0, out1, total,
+           C0: tl.constexpr, C1: tl.constexpr):  # fmt: skip
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # each row sums to 1, or to 0
     inside = (rows < row_limit)[:, None]
     columns = tl.arange(0, C0)
