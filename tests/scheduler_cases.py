@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from parity import relative
-from scheduler_lists import DRAWING, TWO_CALLS, parameters, predictions
+from scheduler_lists import DRAWING, parameters, predictions
 from torch.overrides import TorchFunctionMode
 
 import minidiff
@@ -115,8 +115,8 @@ OWN = {  # where a class differs
     },
     "FlowMatchEulerDiscreteScheduler": {"time_shift_type": ["exponential", "linear"]},
     # their constructors lay out all training timesteps, one by one: 0.1 s for 1000
-    "KDPM2DiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
-    "KDPM2AncestralDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
+    "KDPM2DiscreteScheduler": {"num_train_timesteps": [100, 40, 40]},
+    "KDPM2AncestralDiscreteScheduler": {"num_train_timesteps": [100, 40, 40]},
     "LMSDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
     "HeunDiscreteScheduler": {"num_train_timesteps": [100, 100, 40]},
 }  # fmt: skip
@@ -291,14 +291,12 @@ class Case:
         return scheduler
 
     def begin(self, timesteps):
-        """The index of the first step; a whole step later where the model is called twice in each."""
+        """The index of the first step, which may be the second of a step's two calls."""
         if self.name == "PNDMScheduler":
             return 0  # it counts its calls
         if self.start == "end":
-            begin = max(0, len(timesteps) - self.count())
-        else:
-            begin = int(self.start * len(timesteps))
-        return begin // 2 * 2 if self.name in TWO_CALLS else begin
+            return max(0, len(timesteps) - self.count())
+        return int(self.start * len(timesteps))
 
     def count(self):
         """How many calls of step are compared at most."""

@@ -74,8 +74,9 @@ def predictions(name):
     return ("epsilon", "v_prediction") if no_sample else ("epsilon", "sample", "v_prediction")
 
 
-# diffusers lays out the timesteps of these one by one, all 1000 already in the constructor: 0.1 s
-SLOW = tuple(name for name in NAMES if name.startswith("KDPM2"))
+# diffusers lays out the timesteps of these, or their beta sigmas, one by one and already in the constructor,
+# all 1000: 0.1 s
+SLOW = tuple(name for name in NAMES if name.startswith(("KDPM2", "LMS", "Heun")))
 
 
 def quicker(name, **config):

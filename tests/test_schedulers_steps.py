@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import record, relative
 from scheduler_cases import CHOICES, OWN, SPREADS, STEP, Case
-from scheduler_lists import NAMES, parameters
+from scheduler_lists import NAMES, TWO_CALLS, parameters
 
 import minidiff
 from minidiff.schedulers.exploding import ancestral_levels
@@ -32,7 +32,8 @@ def check(case):
         assert difference <= allowed, f"step {k} differs by {difference:.2e}, not {allowed:.2e}: {case}"
         record(difference, STEP, allowed)
     _, steps = case.inputs(scheduler.timesteps)
-    if len(theirs) < len(steps):
+    begun_between = case.name in TWO_CALLS and steps[0][0] % 2  # there diffusers has no last call
+    if len(theirs) < len(steps) and not begun_between:
         i, t, model_output = steps[len(theirs)]
         with pytest.raises(ValueError, match=r"steps are made|same noise level"):
             scheduler.step(model_output, t, model_output, **case.random_numbers(i))
