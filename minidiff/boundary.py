@@ -33,6 +33,57 @@ def to_numpy(x) -> np.ndarray:
     return x.cpu().numpy()
 
 
+def floats(x, name="array") -> np.ndarray:
+    """x, an array or a tensor, to compute with: float64 stays, all other floats become float32.
+
+    TypeError, with x's name, for anything else.
+    """
+    array = to_numpy(x) if is_tensor(x) else x
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = f"array of {array.dtype}" if isinstance(array, np.ndarray) else type(x).__name__
+        raise TypeError(f"{name} is a {kind}; it must be a floating point array or tensor")
+    return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+
+
+def number_list(values, name: str, least: int = 1, whole: bool = False) -> np.ndarray:
+    """A caller's list, array or tensor of at least `least` numbers: float64 or, whole ones, int64 (n,).
+
+    ValueError, with its name, for another shape, and for what is no number, not finite or not whole.
+    """
+    given = np.asarray(to_numpy(values))
+    wanted = np.int64 if whole else np.float64
+    right = given.ndim == 1 and len(given) >= least and given.dtype.kind in "iuf" and np.isfinite(given).all()
+    if not right or (given.astype(wanted) != given).any():
+        kind = "whole" if whole else "finite"
+        raise ValueError(f"{name} is {values!r}; it must be a list of {kind} numbers, {least} or more")
+    return given.astype(wanted)
+
+
+def whole_number(value, name: str, most: int | None = None) -> int:
+    """value as an int from 1 to most. TypeError if it is no whole number, ValueError if out of range."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < 1 or (most is not None and value > most):
+        bounds = "of at least 1" if most is None else f"from 1 to {most}"
+        error = ValueError if integer else TypeError
+        raise error(f"{name} is {value!r}; it must be a whole number {bounds}")
+    return int(value)
+
+
+def table_index(timestep, length: int) -> int:
+    """timestep, in any form that people pass, as an index into tables; -1 means their last entry.
+
+    ValueError if it is not whole, or outside.
+    """
+    t = timestep.item() if hasattr(timestep, "item") else timestep
+    if not isinstance(t, int | float) or t != t // 1:
+        raise ValueError(f"timestep is {timestep!r}; it must be one whole number")
+    if not -1 <= t < length:
+        raise ValueError(
+            f"timestep {t} is none of the {length} that the tables have; take it from .timesteps"
+        )
+    return int(t)
+
+
 def like(array: np.ndarray, reference, keep_dtype=False):
     """array with the kind (NumPy or torch), device and dtype of reference; values are rounded once.
 
@@ -42,6 +93,23 @@ def like(array: np.ndarray, reference, keep_dtype=False):
     if not is_tensor(reference):
         return array if keep_dtype else array.astype(dtype, copy=False)
     return sys.modules["torch"].from_numpy(array).to(device=reference.device, dtype=dtype)
+
+
+class Output(dict):
+    """What a call returns: its parts as attributes, keys or a tuple."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this result has no {name!r}; it has {', '.join(self)}") from None
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self):
+        """The parts without their names, as with return_dict=False."""
+        return tuple(self.values())
 
 
 def draw_normal(shape, generator=None, dtype=np.float32, device=None) -> np.ndarray:
@@ -62,6 +130,12 @@ def draw_normal(shape, generator=None, dtype=np.float32, device=None) -> np.ndar
             f"got a list of {len(generator)} generators for {shape[0]} rows; pass one for each row, or one"
         )
     return np.concatenate([_draw((1, *shape[1:]), each, dtype, device) for each in generator])
+
+
+def draw_like(reference, shape, generator=None, dtype=None) -> np.ndarray:
+    """`draw_normal` in reference's dtype, if no other is given, and, without a generator, on its device."""
+    device = reference.device if is_tensor(reference) else None
+    return draw_normal(shape, generator, reference.dtype if dtype is None else dtype, device)
 
 
 def _draw(shape, generator, dtype, device):

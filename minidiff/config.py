@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ class Configured:
     """Base of everything with a config: records the constructor's arguments, writes them as JSON."""
 
     config_name = "config.json"
+    _compatibles: tuple[str, ...] = ()
     fixed_options: ClassVar[
         dict
     ] = {}  # keys of published configs that have one value only: {key: that value}
@@ -67,8 +69,40 @@ class Configured:
         cls._check_foreign(foreign)
         made = cls(**{k: v for k, v in explicit.items() if k in known})
         carried = {k: v for k, v in foreign.items() if k not in ("_class_name", "_diffusers_version")}
-        made._set_config(Config(made.config | carried))
+        made._change_config(**carried)
         return made
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The classes that `from_config` may switch to."""
+        package = sys.modules[type(self).__module__.rpartition(".")[0]]
+        others = [getattr(package, name) for name in self._compatibles]
+        return others if type(self) in others else [type(self), *others]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, *, variant=None, torch_dtype=None,
+                        use_safetensors=None, revision=None, cache_dir=None, local_files_only=False,
+                        token=None, **overrides):  # fmt: skip
+        """The object of a built-in checkpoint, a folder or a hub id; the file may be of a compatible class.
+
+        overrides replace values of the file. variant, torch_dtype and use_safetensors are for what has
+        weights. Raises CheckpointError for a missing or broken file, naming it.
+        """
+        from minidiff.checkpoints import CheckpointError, hub  # inside: most users load nothing
+
+        config = hub.read_json(
+            pretrained_model_name_or_path, cls.config_name, subfolder,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+        )  # fmt: skip
+        try:
+            return cls.from_config(config, **overrides)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            file = Path(str(pretrained_model_name_or_path), subfolder or "", cls.config_name)
+            raise CheckpointError(f"{file}: {error}") from error
+
+    def save_pretrained(self, save_directory):
+        """`save_config`: all that there is to save where nothing has weights."""
+        self.save_config(save_directory)
 
     @classmethod
     def _check_foreign(cls, foreign):
@@ -76,6 +110,10 @@ class Configured:
 
     def _set_config(self, config):
         object.__setattr__(self, "config", config)  # before nn.Module.__init__ ran, too
+
+    def _change_config(self, **values):
+        """Corrects what the config says, where one value stands for another."""
+        self._set_config(Config(self.config | values))
 
     def save_config(self, save_directory):
         """Writes save_directory/config_name, which diffusers reads too; the file is complete or absent."""

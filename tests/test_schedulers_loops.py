@@ -163,6 +163,19 @@ def test_a_run_from_the_middle_equals_diffusers(name, config, options, begin_ind
     assert_relative(*results, LOOP)
 
 
+@pytest.mark.parametrize("steps", [11, 14, 15, 16])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "EDMDPMSolverMultistepScheduler"]
+)
+def test_the_last_of_fewer_than_15_steps_are_of_lower_order(name, steps):
+    ours, theirs = both(name, steps, solver_order=3)
+    result = run(ours, start(ours, 1, 4, 6, 10))
+    assert_relative(result, run(theirs, start(theirs, 1, 4, 6, 10)), LOOP)
+    full = type(ours)(solver_order=3, lower_order_final=False)
+    full.set_timesteps(steps)
+    assert torch.equal(run(full, start(full, 1, 4, 6, 10)), result) == (steps >= 15)
+
+
 @pytest.mark.parametrize("predictor", ["DDIMScheduler", "PNDMScheduler"])
 def test_unipc_corrects_another_schedulers_predictions_as_diffusers_does(predictor):
     config = {"skip_prk_steps": True} if predictor == "PNDMScheduler" else {"clip_sample": False}

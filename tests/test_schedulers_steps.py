@@ -12,8 +12,8 @@ from scheduler_cases import CHOICES, OWN, SPREADS, STEP, Case
 from scheduler_lists import NAMES, TWO_CALLS, parameters
 
 import minidiff
+from minidiff.numerics import solve_vandermonde
 from minidiff.schedulers.exploding import ancestral_levels
-from minidiff.schedulers.unipc import solve_vandermonde
 
 BATCHES, PER_BATCH = 4, 22  # for each scheduler: 88, 1,760 configurations in all
 

@@ -10,8 +10,8 @@ from parity import assert_close, both
 from scheduler_lists import BETAS, EXPLODING, NAMES, SLOW, SPACED, parameters, quicker, with_option
 
 import minidiff
+from minidiff.numerics import symmetric_beta_quantile
 from minidiff.schedulers.schedule import linspace, rescale_zero_terminal_snr
-from minidiff.schedulers.sigmas import symmetric_beta_quantile
 
 SPACINGS = ("linspace", "leading", "trailing")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "config": ((), ()),
     "boundary": ((), ("numpy",)),
     "pictures": (("boundary",), ("numpy", "PIL")),
-    "schedulers": (("config", "boundary"), ("numpy",)),
+    "arguments": (("boundary",), ("numpy",)),
+    "numerics": ((), ("numpy",)),
+    "schedulers": (("config", "boundary", "arguments", "numerics"), ("numpy",)),
     "sampling": (("config", "boundary", "schedulers"), ("numpy",)),
     "checkpoints": (("config",), ("torch", "safetensors")),
     "backends": ((), ("torch",)),
@@ -48,7 +50,7 @@ MAY_IMPORT = {
 # Imports inside a function, each with its reason there.
 MAY_IMPORT_LATE = {
     "boundary": ("PIL", "torch"),  # schedulers work without both; torch for its global generator
-    "schedulers": ("minidiff.checkpoints",),  # only to read a config from a name
+    "config": ("minidiff.checkpoints",),  # only to read one from a name
     "checkpoints": ("huggingface_hub",),  # half a second that nobody with a local folder needs
     "pipelines": ("minidiff.optimize",),  # outside the core; CUDA graphs
     "backends": ("minidiff_kernels",),  # Triton is absent on some systems

@@ -8,19 +8,16 @@ from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddim_inverse import DDIMInverseScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 from minidiff.schedulers.deis import DEISMultistepScheduler
-from minidiff.schedulers.dpmsolver import DPMSolverMultistepScheduler
-from minidiff.schedulers.dpmsolver_singlestep import DPMSolverSinglestepScheduler
-from minidiff.schedulers.edm_dpmsolver import EDMDPMSolverMultistepScheduler
-from minidiff.schedulers.edm_euler import EDMEulerScheduler
+from minidiff.schedulers.dpmsolver import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from minidiff.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from minidiff.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from minidiff.schedulers.heun import HeunDiscreteScheduler
 from minidiff.schedulers.ipndm import IPNDMScheduler
 from minidiff.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
-from minidiff.schedulers.lcm import LCMScheduler
+from minidiff.schedulers.lcm import LCMScheduler, TCDScheduler
 from minidiff.schedulers.lms import LMSDiscreteScheduler
 from minidiff.schedulers.pndm import PNDMScheduler
-from minidiff.schedulers.tcd import TCDScheduler
 from minidiff.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [

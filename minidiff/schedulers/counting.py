@@ -9,36 +9,21 @@ from minidiff.schedulers.schedule import Scheduler
 class CountingScheduler(Scheduler):
     """Base of the schedulers that find a step by counting, since timesteps may repeat or be fractions.
 
-    The first step is looked up by its timestep, or is `begin_index`; the others follow. `step_index` is None
-    until the first step; update rules get it in place of the timestep and move it on.
+    The first step is looked up by its timestep, or is `begin_index`; the others follow. `step_index` is where
+    the next one starts in timesteps and sigmas, None before the first; update rules get it in place of the
+    timestep.
     """
 
     unknown_is_last = False  # whether a timestep that is not in the schedule counts as the last one
-    _step_index = _begin_index = None
+    step_index: int | None = None
+    begin_index: int | None = None
 
     def _count_anew(self):
-        self._step_index = self._begin_index = None
-
-    def _refuse_integer(self, timestep):
-        """ValueError for an integer: most likely an index, where a timestep, maybe a fraction, is meant."""
-        if to_numpy(timestep).dtype.kind in "iub":
-            raise ValueError(
-                f"timestep is the integer {timestep}; {type(self).__name__} takes one of .timesteps, no index"
-            )
-
-    @property
-    def step_index(self) -> int | None:
-        """The index into timesteps and sigmas that the next step starts from."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The index that the first step starts from, if it is not to be looked up."""
-        return self._begin_index
+        self.step_index = self.begin_index = None
 
     def set_begin_index(self, begin_index: int = 0):
         """Starts at that step of the schedule, as image-to-image does; until the next set_timesteps."""
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
     def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
         """Where timestep stands in the schedule: the second place of several, so that none is skipped."""
@@ -50,10 +35,13 @@ class CountingScheduler(Scheduler):
         return int(places[:2][-1]) if places.size else len(self.timesteps) - 1
 
     def _position(self, timestep):
-        """The index of this step, which update rules get in place of the timestep, and which they move on."""
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(self.timesteps):
+        """The index of this step, which update rules get in place of the timestep."""
+        if self.step_index is None:
+            begin = self.begin_index
+            self.step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if self.step_index >= len(self.timesteps):
             raise ValueError(f"all {len(self.timesteps)} steps are made; call set_timesteps to start again")
-        return self._step_index
+        return self.step_index
+
+    def _advance(self):
+        self.step_index += 1

@@ -11,14 +11,12 @@ class DDIMScheduler(Scheduler):
     set_alpha_to_one: whether the last step ends at no noise at all, or at that of timestep 0.
     """
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, clip_sample: bool = True,
-        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
-        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0, sample_max_value: float = 1.0, timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, clip_sample: bool = True,
+                 set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+                 thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+                 clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+                 timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False):  # fmt: skip
         self._make_tables()
         self.final_alpha_cumprod = np.float32(1) if set_alpha_to_one else self.alphas_cumprod[0]
 
@@ -36,15 +34,14 @@ class DDIMScheduler(Scheduler):
         """
         if eta > 0 and generator is not None and variance_noise is not None:
             raise ValueError("step takes a generator or variance_noise: one of them, not both")
-        noise = self._noise(model_output, sample, generator, variance_noise)
-        options = eta, use_clipped_model_output, noise
-        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
+        options, noise = (eta, use_clipped_model_output), (generator, variance_noise)
+        return self._step(model_output, timestep, sample, return_dict, *options, noise=noise)
 
     def update(self, model_output, t, sample, eta, use_clipped_model_output, noise):
         """Song et al. 2020, eq. 12: to the predicted x0, and back from there along eps to prev_t."""
         a_t, a_prev = self._alphas_bar(t)
         root_a, root_b = np.sqrt(a_t), np.sqrt(1 - a_t)
-        kind = self.config.prediction_type
+        kind = self._one_of("prediction_type", self.predictions)
         x0 = self._limited(predicted_x0(model_output, sample, root_a, root_b, kind))
         eps = predicted_eps(model_output, sample, root_a, root_b, kind)
         if use_clipped_model_output:
@@ -53,13 +50,10 @@ class DDIMScheduler(Scheduler):
         prev = combine((np.sqrt(a_prev), np.sqrt(1 - a_prev - sigma * sigma)), (x0, eps))
         return (prev + sigma * noise() if eta > 0 else prev), x0
 
-    def _jump(self):
-        """How many training timesteps a step passes over: in every spacing, as in diffusers."""
-        return self.config.num_train_timesteps // self.num_inference_steps
-
     def _alphas_bar(self, t):
-        """a_t where the step at t starts, and where it leads to."""
-        return self.alphas_cumprod[t], self._alpha_bar(t - self._jump())
+        """a_t where the step at t starts, and where it leads to: equally far below t in every spacing."""
+        jump = self.config.num_train_timesteps // self.num_inference_steps  # as in diffusers
+        return self.alphas_cumprod[t], self._alpha_bar(t - jump)
 
     def _get_variance(self, timestep, prev_timestep):
         """The noise of a step with eta 1, as a variance: eq. 16 squared."""

@@ -4,8 +4,6 @@ Without noise DDIM's step follows a differential equation, which can be walked i
 that it finds gives the picture back, for editing (Mokady et al. 2022, arXiv:2211.09794).
 """
 
-import numpy as np
-
 from minidiff.config import Config
 from minidiff.schedulers.ddim import DDIMScheduler
 
@@ -19,13 +17,11 @@ class DDIMInverseScheduler(DDIMScheduler):
 
     _compatibles = ()
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, clip_sample: bool = True,
-        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
-        clip_sample_range: float = 1.0, timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False, set_alpha_to_zero: bool | None = None,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, clip_sample: bool = True,
+                 set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+                 clip_sample_range: float = 1.0, timestep_spacing: str = "leading",
+                 rescale_betas_zero_snr: bool = False, set_alpha_to_zero: bool | None = None):  # fmt: skip
         if set_alpha_to_zero is None:  # then the config says nothing of it, as in diffusers
             self._set_config(Config({k: v for k, v in self.config.items() if k != "set_alpha_to_zero"}))
         else:
@@ -49,7 +45,4 @@ class DDIMInverseScheduler(DDIMScheduler):
         """DDIM's, the other way round: the model was told t, but the sample is taken to be a step below."""
         return super()._alphas_bar(t)[::-1]
 
-    def _limited(self, x0):
-        """x0, clipped if the config says so; thresholding in a config from another class doesn't count."""
-        c = self.config
-        return np.clip(x0, -c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
+    _limited = DDIMScheduler._clipped  # thresholding in a config from another class doesn't count

@@ -5,6 +5,7 @@ Learned variances: Nichol & Dhariwal 2021, arXiv:2102.09672.
 
 import numpy as np
 
+from minidiff.arguments import exactly_one, falling_timesteps
 from minidiff.schedulers.schedule import Scheduler, log, posterior_variance, predicted_x0
 
 LEARNED = ("learned", "learned_range")
@@ -22,18 +23,14 @@ class DDPMScheduler(Scheduler):
     beta_schedules = (*Scheduler.beta_schedules, "laplace", "sigmoid")
     needs_timesteps = False
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, variance_type: str = "fixed_small",
-        clip_sample: bool = True, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-    ):  # fmt: skip
-        if variance_type not in VARIANCES:
-            raise ValueError(f"variance_type is {variance_type!r}; it must be one of {', '.join(VARIANCES)}")
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, variance_type: str = "fixed_small",
+                 clip_sample: bool = True, prediction_type: str = "epsilon", thresholding: bool = False,
+                 dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+                 sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
+                 rescale_betas_zero_snr: bool = False):  # fmt: skip
+        self.variance_type = self._one_of("variance_type", VARIANCES)
         self._make_tables()
-        self.variance_type = variance_type
         self.custom_timesteps = False
 
     def set_timesteps(self, num_inference_steps: int | None = None, device=None, timesteps=None):
@@ -41,13 +38,12 @@ class DDPMScheduler(Scheduler):
 
         device has no effect: timesteps are a NumPy array.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         if timesteps is None:
             self.num_inference_steps = self._check_steps(num_inference_steps, self.config.num_train_timesteps)
             self.timesteps = self._spaced(self.num_inference_steps)
         else:
-            self.timesteps = self._custom(timesteps)
+            self.timesteps = falling_timesteps(timesteps, self.config.num_train_timesteps)
         self.custom_timesteps = timesteps is not None
 
     def previous_timestep(self, timestep) -> int:
@@ -65,15 +61,14 @@ class DDPMScheduler(Scheduler):
 
         generator draws the step's noise: see `minidiff.boundary.draw_normal`. Nothing is drawn at timestep 0.
         """
-        noise = self._noise(model_output, sample, generator)
-        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+        return self._step(model_output, timestep, sample, return_dict, noise=(generator,))
 
     def update(self, model_output, t, sample, noise):
         """Ho et al. 2020, eq. 7: the mean of x_{t-1} given x_t and the x0 that the model sees, plus noise."""
         model_output, predicted_variance = self._split_variance(model_output, sample)
         a_t, a_prev = self._alphas_bar(t)
         b_t, ratio = 1 - a_t, a_t / a_prev
-        kind = self.config.prediction_type
+        kind = self._one_of("prediction_type", self.predictions)
         x0 = self._limited(predicted_x0(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), kind))
         prev = np.sqrt(a_prev) * (1 - ratio) / b_t * x0 + np.sqrt(ratio) * (1 - a_prev) / b_t * sample
         if t > 0:
@@ -86,22 +81,22 @@ class DDPMScheduler(Scheduler):
             return np.split(model_output, 2, axis=1)
         return model_output, None
 
-    def _check_shapes(self, model_output, sample):
-        if sample.ndim > 1:
-            model_output, _ = self._split_variance(model_output, sample)
-        super()._check_shapes(model_output, sample)
+    def _fitting(self, model_output, sample):
+        prediction = self._split_variance(model_output, sample)[0] if sample.ndim > 1 else model_output
+        super()._fitting(prediction, sample)
+        return model_output
 
     def _deviation(self, t, predicted_variance):
         """What the noise of the step at t is multiplied by: a number, or an array like the sample."""
-        if self.variance_type in LEARNED and predicted_variance is None:
+        kind = self.variance_type
+        if kind in LEARNED and predicted_variance is None:
             raise ValueError(
-                f"variance_type {self.variance_type!r} needs a model_output with twice the sample's "
-                "channels; for a model that doesn't predict its variance choose fixed_small or fixed_large"
+                f"{kind} variance needs a model with twice the sample's channels; else take fixed_small"
             )
-        variance = self._get_variance(t, predicted_variance, self.variance_type)
-        if self.variance_type == "fixed_small_log":
+        variance = self._get_variance(t, predicted_variance, kind)
+        if kind == "fixed_small_log":
             return variance
-        if self.variance_type == "learned_range":
+        if kind == "learned_range":
             return np.exp(np.float32(0.5) * variance)
         return np.sqrt(variance)  # fixed_large_log is below 0: NaN, in diffusers too
 
@@ -115,16 +110,12 @@ class DDPMScheduler(Scheduler):
         beta_t = 1 - a_t / a_prev  # "fixed_large"
         variance = posterior_variance(a_t, a_prev)  # "fixed_small"
         variance = np.maximum(variance, np.float32(1e-20))  # 0 has no logarithm
-        match variance_type or self.config.variance_type:
-            case "fixed_small_log":
-                return np.exp(np.float32(0.5) * log(variance))
-            case "fixed_large":
-                return beta_t
-            case "fixed_large_log":
-                return log(beta_t)
-            case "learned":
-                return predicted_variance
-            case "learned_range":  # Nichol & Dhariwal 2021, eq. 15: between the bounds, in logarithms
-                share = (predicted_variance + 1) / 2
-                return share * log(beta_t) + (1 - share) * log(variance)
-        return variance
+        kind = variance_type or self.config.variance_type
+        if kind == "learned":
+            return predicted_variance
+        if kind == "learned_range":  # Nichol & Dhariwal 2021, eq. 15: between the bounds, in logarithms
+            share = (predicted_variance + 1) / 2
+            return share * log(beta_t) + (1 - share) * log(variance)
+        if kind.startswith("fixed_large"):
+            return log(beta_t) if kind == "fixed_large_log" else beta_t
+        return np.exp(np.float32(0.5) * log(variance)) if kind == "fixed_small_log" else variance

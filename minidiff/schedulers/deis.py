@@ -21,41 +21,29 @@ class DEISMultistepScheduler(ExponentialIntegrator):
     predict_x0 = False
     repeats_last = True
 
-    def __init__(
-        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
-        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
-        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="deis", solver_type="logrho",
-        lower_order_final=True, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace", steps_offset=0,
-        use_dynamic_shifting=False, time_shift_type="exponential",
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                 trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+                 dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="deis",
+                 solver_type="logrho", lower_order_final=True, use_karras_sigmas=False,
+                 use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
+                 timestep_spacing="linspace", steps_offset=0, use_dynamic_shifting=False,
+                 time_shift_type="exponential"):  # fmt: skip
         self._make_tables()
-        self._check_order()
         self._replace("algorithm_type", ("dpmsolver", "dpmsolver++"), ("deis",))
         self._replace("solver_type", ("midpoint", "heun", "bh1", "bh2"), ("logrho",))
-        self._forget()
+        self.through_x0 = prediction_type != "epsilon" or thresholding
 
     def set_timesteps(self, num_inference_steps: int, device=None, mu=None):
         """Chooses timesteps and sigmas. mu: the shift of use_dynamic_shifting. device has no effect."""
-        n, shift = self._check_steps(num_inference_steps), self._shift(mu)
-        spaced = self._spaced(n, skip_last=True)
-        self._visit(n, spaced, self._table_sigmas(), lambda n: self._flow_sigmas(n, shift))
+        n = self._check_steps(num_inference_steps)
+        self._visit(n, self._spaced(n, skip_last=True), self._flow_sigmas(n, mu))
 
-    def _set_sigmas(self, sigmas, sigma_min):  # at sigma 0 log(rho) has no end
-        self.sigmas = np.append(sigmas, sigma_min).astype(np.float32)
-        self._count_anew()
+    def _final_sigma(self, sigma_min):
+        return sigma_min  # at sigma 0 log(rho) has no end
 
     def _prepare(self, alpha, sigma, lambdas):
         rho = sigma / alpha
         self._rho = [*zip(rho, np.log(rho), strict=True)]
-
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample."""
-        return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
-
-    def _convert(self, model_output, i, sample):
-        direct = self.config.prediction_type == "epsilon" and not self.config.thresholding
-        return super()._convert(model_output, i, sample, through_x0=not direct)
 
     def update(self, model_output, i, sample):
         """Zhang & Chen 2022, eq. 14 and 15, with polynomials in log(rho)."""
@@ -63,7 +51,6 @@ class DEISMultistepScheduler(ExponentialIntegrator):
         order = self._order(i)
         outputs = self._recent(order)
         (alpha_s, _, lambda_s), (alpha_t, sigma_t, lambda_t) = self._levels[i], self._levels[i + 1]
-        self._count()
         if order == 1:  # the integral of 1, written with lambda: near alpha 0 its rounding counts
             weights = alpha_t / alpha_s, -sigma_t * (exp(lambda_t - lambda_s) - 1)
             return combine(weights, [sample, *outputs]), None

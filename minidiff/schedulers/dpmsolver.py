@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from minidiff.arguments import exactly_one, refuse_timesteps_beside
+from minidiff.boundary import number_list, whole_number
 from minidiff.schedulers.exponential import ExponentialIntegrator
 from minidiff.schedulers.schedule import combine, exp, log, space_timesteps
 from minidiff.schedulers.sigmas import SPREADS
@@ -24,29 +26,28 @@ class DPMSolver(ExponentialIntegrator):
 
     def _choose_algorithm(self):
         """Takes the algorithm out of the config, with the names that other solvers' configs come with."""
-        self._check_order()
         algorithm = self._replace("algorithm_type", ("deis",), self.algorithms)
         self._replace("solver_type", ("logrho", "bh1", "bh2"), ("midpoint", "heun"))
         self.predict_x0, self.stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
+        self.through_x0 = self.config.thresholding
         self.learned = self.config.get("variance_type") in ("learned", "learned_range")
         if not self.predict_x0 and self.config.final_sigmas_type == "zero":
             raise ValueError(f"{algorithm} can't end at sigma 0: set final_sigmas_type='sigma_min'")
 
-    def _choose_timesteps(self, num_inference_steps, mu, timesteps, spacing="linspace", steps_offset=0):
-        """What set_timesteps does; spacing and steps_offset are those of `space_timesteps`."""
-        c, shift = self.config, self._shift(mu)
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu=None, timesteps=None):
+        """Chooses timesteps and sigmas: num_inference_steps of them, or those of a list of timesteps.
+
+        mu: the shift of use_dynamic_shifting. device has no effect.
+        """
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         if timesteps is None:
-            n, N = self._check_steps(num_inference_steps), c.num_train_timesteps
-            timesteps = space_timesteps(spacing, N, n, steps_offset, skip_last=True, end=self._end())
+            n = self._check_steps(num_inference_steps)
+            timesteps = self._spaced(n, skip_last=True, end=self._end())
         else:
-            for key in self.choosing:
-                if c.get(key):
-                    raise ValueError(f"timesteps can't be given with {key}=True, which chooses them")
-            timesteps = self._whole(timesteps)
+            refuse_timesteps_beside(self.config, self.choosing)
+            timesteps = number_list(timesteps, "timesteps", whole=True)
             n = len(timesteps)
-        self._visit(n, timesteps, self._table_sigmas(), lambda n: self._flow_sigmas(n, shift))
+        self._visit(n, timesteps, self._flow_sigmas(n, mu))
 
     def _end(self):
         """The timestep below which sampling stays: from there on lambda is under lambda_min_clipped."""
@@ -55,17 +56,17 @@ class DPMSolver(ExponentialIntegrator):
         clipped = np.searchsorted(lambdas[::-1], np.float32(self.config.lambda_min_clipped))
         return self.config.num_train_timesteps - int(clipped)
 
-    def _without_variance(self, model_output, sample):
+    def _fitting(self, model_output, sample):
         """The prediction alone, where the model says its variance in further channels."""
         learned = self.learned and self.config.prediction_type == "epsilon" and sample.ndim > 1
-        return model_output[:, : sample.shape[1]] if learned else model_output
+        return super()._fitting(model_output[:, : sample.shape[1]] if learned else model_output, sample)
 
-    def _check_shapes(self, model_output, sample):
-        super()._check_shapes(self._without_variance(model_output, sample), sample)
+    def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
+        """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample.
 
-    def _convert(self, model_output, i, sample):
-        prediction = self._without_variance(model_output, sample)
-        return super()._convert(prediction, i, sample, through_x0=self.config.thresholding)
+        generator draws the noise of the stochastic algorithms.
+        """
+        return self._step(model_output, timestep, sample, return_dict, noise=(generator,))
 
     def update(self, model_output, i, sample, noise):
         """Lu et al. 2022: arXiv:2206.00927, eq. 3.7 and algorithms 1, 2; arXiv:2211.01095, algorithms 1, 2.
@@ -88,7 +89,6 @@ class DPMSolver(ExponentialIntegrator):
         if self.stochastic:
             weights.append(noisy)
             parts.append(noise())
-        self._count()
         return combine(weights, parts), None
 
     def _weights(self, start, end, order):
@@ -127,27 +127,18 @@ class DPMSolverMultistepScheduler(DPMSolver):
     choosing = (*DPMSolver.choosing, "use_lu_lambdas")
     no_third_order: tuple[str, ...] = ("sde-dpmsolver",)
 
-    def __init__(
-        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
-        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
-        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
-        solver_type="midpoint", lower_order_final=True, euler_at_final=False, use_karras_sigmas=False,
-        use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False,
-        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-math.inf, variance_type=None,
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, use_dynamic_shifting=False,
-        time_shift_type="exponential",
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                 trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+                 dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
+                 solver_type="midpoint", lower_order_final=True, euler_at_final=False,
+                 use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
+                 use_lu_lambdas=False, use_flow_sigmas=False, flow_shift=1.0, final_sigmas_type="zero",
+                 lambda_min_clipped=-math.inf, variance_type=None, timestep_spacing="linspace",
+                 steps_offset=0, rescale_betas_zero_snr=False, use_dynamic_shifting=False,
+                 time_shift_type="exponential"):  # fmt: skip
         self._make_tables()
         self._choose_algorithm()
-        self._forget()
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu=None, timesteps=None):
-        """Chooses timesteps and sigmas: num_inference_steps of them, or those of a list of timesteps.
-
-        mu: the shift of use_dynamic_shifting. device has no effect.
-        """
-        c = self.config
-        self._choose_timesteps(num_inference_steps, mu, timesteps, c.timestep_spacing, c.steps_offset)
+        self.rounds = (use_karras_sigmas or use_lu_lambdas) and beta_schedule != "squaredcos_cap_v2"
 
     def _spread(self, lowest, highest, n):
         if not self.config.use_lu_lambdas or self.config.use_karras_sigmas:
@@ -155,18 +146,14 @@ class DPMSolverMultistepScheduler(DPMSolver):
         start, end = float(np.log(highest)), float(np.log(lowest))
         return np.exp(start + np.linspace(0, 1, n) * (end - start))  # Lu et al. 2022
 
-    def _rounds(self):
-        c = self.config
-        return (c.use_karras_sigmas or c.use_lu_lambdas) and c.beta_schedule != "squaredcos_cap_v2"
-
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
              return_dict: bool = True):  # fmt: skip
         """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample.
 
         generator draws the noise of the stochastic algorithms, in float32, or variance_noise is it.
         """
-        noise = self._noise(model_output, sample, generator, variance_noise, np.float32)
-        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+        noise = generator, variance_noise, np.float32
+        return self._step(model_output, timestep, sample, return_dict, noise=noise)
 
     def _order(self, i):
         c, order = self.config, super()._order(i)
@@ -181,3 +168,67 @@ class DPMSolverMultistepScheduler(DPMSolver):
     def _points(self, i, order, sample):
         """Where the polynomial starts, its other points, and the sample at its start: from here back."""
         return i, range(i - 1, i - order, -1), sample
+
+
+class DPMSolverSinglestepScheduler(DPMSolver):
+    """Groups of one to solver_order model calls, each of which starts without memory.
+
+    One step of order k takes k model calls, each a call of step: of order 1 and 2 to the points between, then
+    of order k, from the sample at which the group started, over all of them.
+    solver_order: 1 to 3, of a whole group; solver_type "midpoint" or "heun", of orders 2 and 3.
+    algorithm_type "dpmsolver++", "dpmsolver" or "sde-dpmsolver++". lower_order_final: whether the last groups
+    are of lower order; it becomes true where steps are left over, and where sampling ends at sigma 0. The
+    other options are `DPMSolverMultistepScheduler`'s.
+    """
+
+    algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
+    sample = None  # at which the group of steps started
+
+    def __init__(self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                 trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+                 dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="dpmsolver++",
+                 solver_type="midpoint", lower_order_final=False, use_karras_sigmas=False,
+                 use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
+                 final_sigmas_type="zero", lambda_min_clipped=-math.inf, variance_type=None,
+                 use_dynamic_shifting=False, time_shift_type="exponential"):  # fmt: skip
+        self._make_tables()
+        self._choose_algorithm()
+        whole_number(solver_order, "solver_order", 3)
+        self.bend = None if self.config.solver_type == "midpoint" else 2
+        self.order_list = self.get_order_list(num_train_timesteps)
+
+    def get_order_list(self, num_inference_steps: int) -> list[int]:
+        """The order of each step: groups 1, 2 … solver_order, in the end with a shorter one."""
+        c, n, k = self.config, num_inference_steps, self.config.solver_order
+        orders = [*range(1, k + 1)] * (n // k)
+        if c.lower_order_final and n % k:
+            orders += range(1, n % k + 1)
+        elif c.lower_order_final:
+            orders[-k:] = [*range(1, k), 1]
+        if c.final_sigmas_type == "zero":
+            orders[-1:] = [1]
+        return orders
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu=None, timesteps=None):
+        """Chooses timesteps and sigmas: num_inference_steps of them, or those of a list of timesteps.
+
+        mu: the shift of use_dynamic_shifting. device has no effect.
+        """
+        super().set_timesteps(num_inference_steps, mu=mu, timesteps=timesteps)
+        c, n = self.config, len(self.timesteps)
+        if not c.lower_order_final and (n % c.solver_order or c.final_sigmas_type == "zero"):
+            self._change_config(lower_order_final=True)
+        self.order_list = self.get_order_list(n)
+
+    def _spaced(self, n, skip_last=False, end=None):
+        return space_timesteps("linspace", self.config.num_train_timesteps, n, 0, skip_last, end)
+
+    def _order(self, i):
+        known = sum(m is not None for m in self.model_outputs)  # fewer if sampling starts within a group
+        return min(self.order_list[i], known)
+
+    def _points(self, i, order, sample):
+        """Where the polynomial starts, its other points, and the sample at its start: that of the group."""
+        if order == 1:
+            self.sample = sample
+        return i - order + 1, range(i - order + 2, i + 1), self.sample

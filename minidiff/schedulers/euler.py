@@ -5,8 +5,10 @@ arXiv:2206.00364; "ancestral" is the form that DDPM's noise takes there (Ho et a
 
 import numpy as np
 
+from minidiff.arguments import exactly_one, refuse_integer
+from minidiff.boundary import number_list
 from minidiff.schedulers.exploding import ExplodingScheduler, ancestral_levels, derivative, move
-from minidiff.schedulers.schedule import linspace, log
+from minidiff.schedulers.schedule import log
 from minidiff.schedulers.sigmas import sigma_to_t
 
 
@@ -22,22 +24,19 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     wide_x0 = True
     without_churn: tuple[str, ...] = ("v_prediction",)  # whose x0 forgets the added noise, as in diffusers
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, prediction_type: str = "epsilon",
-        interpolation_type: str = "linear", use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, sigma_min=None, sigma_max=None,
-        timestep_spacing: str = "linspace", timestep_type: str = "discrete", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False, final_sigmas_type: str = "zero",
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, prediction_type: str = "epsilon",
+                 interpolation_type: str = "linear", use_karras_sigmas: bool = False,
+                 use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, sigma_min=None,
+                 sigma_max=None, timestep_spacing: str = "linspace", timestep_type: str = "discrete",
+                 steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+                 final_sigmas_type: str = "zero"):  # fmt: skip
         self._make_tables()
+        self.continuous = timestep_type == "continuous" and prediction_type == "v_prediction"
         self._tell_logarithms()
 
-    def _is_continuous(self):
-        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
-
     def _tell_logarithms(self):
-        if self._is_continuous():
+        if self.continuous:
             self.timesteps = 0.25 * log(self.sigmas[:-1])
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None):
@@ -46,27 +45,18 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         timesteps (n,) may be fractions; sigmas (n + 1,) ends with the one that sampling ends at, mostly 0.
         device has no effect.
         """
-        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("set_timesteps takes num_inference_steps, timesteps or sigmas: one of the three")
-        if timesteps is not None and self._is_continuous():
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        if timesteps is not None and self.continuous:
             raise ValueError("timesteps can't be given with timestep_type 'continuous': pass sigmas")
-        table = self._table_sigmas()
         if sigmas is None:
-            self._lay_out(num_inference_steps, timesteps, sigma_min=table[0])
+            kind = self._one_of("interpolation_type", ("linear", "log_linear"))
+            self._lay_out(num_inference_steps, timesteps, interpolation=kind, end_at_table=True)
         else:
-            self.sigmas = self._numbers(sigmas, "sigmas", at_least=2).astype(np.float32)
-            self.timesteps = sigma_to_t(self.sigmas[:-1], np.log(table)).astype(np.float32)
+            sigmas = number_list(sigmas, "sigmas", least=2)
+            self._set_sigmas(sigmas[:-1], sigmas[-1])
+            self.timesteps = sigma_to_t(self.sigmas[:-1], np.log(self._table_sigmas())).astype(np.float32)
             self.num_inference_steps = len(self.timesteps)
-            self._count_anew()
         self._tell_logarithms()
-
-    def _sigmas_at(self, timesteps, table, n):
-        kind = self.config.interpolation_type
-        if kind == "linear":
-            return super()._sigmas_at(timesteps, table, n)
-        if kind == "log_linear":  # one more than timesteps, as in diffusers: sampling ends early
-            return np.exp(linspace(np.log(table[-1]), np.log(table[0]), n + 1), dtype=np.float64)
-        raise ValueError(f"interpolation_type is {kind!r}; it must be linear or log_linear")
 
     def step(self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
              s_tmax: float = float("inf"), s_noise: float = 1.0, generator=None,
@@ -77,11 +67,11 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         pred_original_sample is float32 also for samples of fewer bits. timestep is one of .timesteps; an
         integer, which may be an index, raises ValueError.
         """
-        self._refuse_integer(timestep)
-        options = s_churn, s_tmin, s_tmax, s_noise, self._noise(model_output, sample, generator)
-        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
+        refuse_integer(timestep)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return self._step(model_output, timestep, sample, return_dict, *churn, None, noise=(generator,))
 
-    def update(self, model_output, i, sample, s_churn, s_tmin, s_tmax, s_noise, noise, x0=None):
+    def update(self, model_output, i, sample, s_churn, s_tmin, s_tmax, s_noise, x0, noise):
         """Karras et al. 2022, algorithm 2 without its correction: more noise, then one straight step."""
         sigma, target = self.sigmas[i], self.sigmas[i + 1]
         churn = min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
@@ -91,12 +81,11 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         if x0 is None:
             level = sigma if self.config.prediction_type in self.without_churn else raised
             x0 = self._predicted_x0(model_output, sample, level)
-        self._step_index += 1
         return move(sample, derivative(sample, x0, raised), target - raised), x0
 
     def get_velocity(self, sample, noise, timesteps):
         """v = sqrt(a_t) eps - sqrt(1 - a_t) x0; timesteps are of the schedule, not integers (ValueError)."""
-        self._refuse_integer(timesteps)
+        refuse_integer(timesteps)
         return super().get_velocity(sample, noise, timesteps)
 
 
@@ -106,11 +95,10 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     predictions = ("epsilon", "v_prediction")
     wide_x0 = True
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, prediction_type: str = "epsilon",
+                 timestep_spacing: str = "linspace", steps_offset: int = 0,
+                 rescale_betas_zero_snr: bool = False):  # fmt: skip
         self._make_tables()
 
     def set_timesteps(self, num_inference_steps: int, device=None):
@@ -126,9 +114,8 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         generator draws the step's noise. pred_original_sample is float32 also for samples of fewer bits.
         timestep is one of .timesteps; an integer, which may be an index, raises ValueError.
         """
-        self._refuse_integer(timestep)
-        noise = self._noise(model_output, sample, generator)
-        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+        refuse_integer(timestep)
+        return self._step(model_output, timestep, sample, return_dict, noise=(generator,))
 
     def update(self, model_output, i, sample, noise):
         """Ho et al. 2020, eq. 7, in terms of sigma; the last step draws noise too, and adds none of it."""
@@ -137,5 +124,4 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         x0 = self._predicted_x0(model_output, sample, sigma)
         prev = move(sample, derivative(sample, x0, sigma), down - sigma)
         prev += up * noise()
-        self._step_index += 1
         return prev, x0

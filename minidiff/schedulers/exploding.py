@@ -11,8 +11,9 @@ what `scale_model_input` shows them.
 
 import numpy as np
 
-from minidiff.boundary import like, to_numpy
-from minidiff.schedulers.schedule import predicted_x0, space_timesteps
+from minidiff.arguments import one_for_each, refuse_timesteps_beside
+from minidiff.boundary import floats, like, number_list
+from minidiff.schedulers.schedule import linspace, predicted_x0, space_timesteps
 from minidiff.schedulers.sigmas import SPREADS, SigmaScheduler, sigma_to_t
 
 
@@ -48,7 +49,6 @@ class ExplodingScheduler(SigmaScheduler):
     """
 
     needs_timesteps = False
-    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
     data_variance = 1.0  # of x0, as the model believes: what it sees is scaled to variance 1
 
     def _make_tables(self):
@@ -64,27 +64,29 @@ class ExplodingScheduler(SigmaScheduler):
             largest = np.sqrt(largest * largest + 1)
         return float(largest)
 
-    def _lay_out(self, n, timesteps=None, n_train=None, sigma_min=None):
+    def _lay_out(self, n, timesteps=None, n_train=None, interpolation="linear", end_at_table=False):
         """Chooses n timesteps and sigmas, or those of a caller's own timesteps.
 
-        n_train: to be used in place of the config's num_train_timesteps. sigma_min: see `_set_sigmas`.
+        n_train: to be used in place of the config's num_train_timesteps. interpolation "log_linear": sigmas
+        spread evenly in their logarithm. end_at_table: whether final_sigmas_type chooses where to end.
         """
-        c = self.config
+        c, table = self.config, self._table_sigmas()
         if timesteps is None:
             n, n_train = self._check_steps(n), n_train or c.num_train_timesteps
             timesteps = space_timesteps(c.timestep_spacing, n_train, n, c.steps_offset, whole=False)
         else:
-            for key in SPREADS:
-                if c.get(key):
-                    raise ValueError(f"timesteps can't be given with {key}=True, which chooses them")
-            timesteps = self._numbers(timesteps, "timesteps")
+            refuse_timesteps_beside(c, SPREADS)
+            timesteps = number_list(timesteps, "timesteps")
             n = len(timesteps)
-        timesteps, table = timesteps.astype(np.float32), self._table_sigmas()
-        sigmas = self._sigmas_at(timesteps, table, n)
+        timesteps = timesteps.astype(np.float32)
+        if interpolation == "linear":
+            sigmas = np.interp(timesteps, np.arange(len(table)), table)
+        else:  # one more than timesteps, as in diffusers: sampling ends early
+            sigmas = np.exp(linspace(np.log(table[-1]), np.log(table[0]), n + 1), dtype=np.float64)
         spread = self._spread(sigmas[-1], sigmas[0], n)
         if spread is not None:
             sigmas, timesteps = spread, sigma_to_t(spread, np.log(table))
-        self._set_sigmas(sigmas, sigma_min)
+        self._set_sigmas(sigmas, self._final_sigma(table[0]) if end_at_table else 0)
         self.num_inference_steps, self.timesteps = n, timesteps.astype(np.float32)
 
     def _lay_out_all(self):
@@ -92,25 +94,11 @@ class ExplodingScheduler(SigmaScheduler):
         self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps = None
 
-    def _sigmas_at(self, timesteps, table, n):
-        return np.interp(timesteps, np.arange(len(table)), table)
-
-    def _numbers(self, values, name, at_least=1):
-        """A caller's own list, array or tensor of finite numbers, float64 (n,)."""
-        given = np.asarray(to_numpy(values))
-        right = given.ndim == 1 and len(given) >= at_least and given.dtype.kind in "iuf"
-        if not right or not np.isfinite(given).all():
-            raise ValueError(f"{name} is {values!r}; it must be a list of at least {at_least} finite numbers")
-        return given.astype(np.float64)
-
     # -- between samples, noise and the model
 
     def _predicted_x0(self, model_output, sample, sigma):
-        kind = self.config.prediction_type
-        if kind not in self.predictions:
-            error = NotImplementedError if kind == "sample" else ValueError
-            known = f"{type(self).__name__} takes {', '.join(self.predictions)}"
-            raise error(f"prediction_type is {kind!r}; {known}")
+        error = NotImplementedError if self.config.prediction_type == "sample" else ValueError
+        kind = self._one_of("prediction_type", self.predictions, error)
         if kind == "v_prediction":  # v's alpha x0 + sigma_t eps is x / scale, with alpha = 1 / scale
             scale = sigma * sigma + 1
             return predicted_x0(model_output, sample, 1 / scale, sigma / np.sqrt(scale), kind)
@@ -123,7 +111,7 @@ class ExplodingScheduler(SigmaScheduler):
     def scale_model_input(self, sample, timestep):
         """What the model gets to see of sample (B, C, …) at timestep: scaled as in its training."""
         sigma = self._sigma_seen(self._position(timestep))
-        return like(self._array(sample, "sample") / np.sqrt(sigma * sigma + self.data_variance), sample)
+        return like(floats(sample, "sample") / np.sqrt(sigma * sigma + self.data_variance), sample)
 
     def _alpha_sigma(self, sigma):
         return 1, sigma
@@ -133,8 +121,7 @@ class ExplodingScheduler(SigmaScheduler):
 
         timesteps are of the schedule. diffusers takes a_t from the wrong end of its table here.
         """
-        rows = [self.index_for_timestep(t) for t in self._timestep_list(sample, timesteps)]
+        rows = [self.index_for_timestep(t) for t in one_for_each(timesteps, sample, "timesteps")]
         sigma = self._sigmas_of(rows, sample)
-        noise, x0 = self._array(noise, "noise"), self._array(sample, "sample")
-        width = self.data_variance**0.5
+        noise, x0, width = floats(noise, "noise"), floats(sample, "sample"), self.data_variance**0.5
         return like((width * noise - sigma / width * x0) / np.sqrt(sigma * sigma + width * width), sample)

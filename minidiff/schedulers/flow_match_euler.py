@@ -6,9 +6,10 @@ direction, v = eps - x0. Timesteps are sigma times num_train_timesteps, float32.
 
 import numpy as np
 
-from minidiff.boundary import like, to_numpy
+from minidiff.arguments import at_most_one, refuse_integer
+from minidiff.boundary import floats, like, number_list, to_numpy
 from minidiff.schedulers.schedule import combine
-from minidiff.schedulers.sigmas import SigmaScheduler, shift_flow, stretch_to_terminal, time_shift
+from minidiff.schedulers.sigmas import SPREADS, SigmaScheduler, shift_flow, stretch_to_terminal, time_shift
 
 
 class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
@@ -23,31 +24,24 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     _compatibles = ()
     needs_timesteps = False
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5, max_shift: float | None = 1.15, base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
-        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
-        time_shift_type: str = "exponential", stochastic_sampling: bool = False,
-    ):  # fmt: skip
-        self._check_spreads()
-        time_shift(np.ones(1), 1.0, time_shift_type)  # refuses a type that it doesn't know
-        n = self._train_timesteps()
-        self._shift = shift
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0,
+                 use_dynamic_shifting: bool = False, base_shift: float | None = 0.5,
+                 max_shift: float | None = 1.15, base_image_seq_len: int = 256, max_image_seq_len: int = 4096,
+                 invert_sigmas: bool = False, shift_terminal: float | None = None,
+                 use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+                 use_beta_sigmas: bool = False, time_shift_type: str = "exponential",
+                 stochastic_sampling: bool = False):  # fmt: skip
+        at_most_one(self.config, SPREADS)
+        self._one_of("time_shift_type", ("exponential", "linear"))
+        n, self.shift = self._train_timesteps(), shift
         sigmas = np.arange(n, 0, -1, dtype=np.float32) / np.float32(n)
         self.sigmas = sigmas if use_dynamic_shifting else shift_flow(sigmas, shift)
         self.timesteps = self.sigmas * np.float32(n)
         self.sigma_min, self.sigma_max = self.sigmas[-1].item(), self.sigmas[0].item()
-        self.num_inference_steps = None
-
-    @property
-    def shift(self) -> float:
-        """The shift of the next set_timesteps, where use_dynamic_shifting is off."""
-        return self._shift
 
     def set_shift(self, shift: float):
-        """Changes shift, from the next set_timesteps on."""
-        self._shift = shift
+        """Changes shift, from the next set_timesteps on, where use_dynamic_shifting is off."""
+        self.shift = shift
 
     def time_shift(self, mu: float, sigma: float, t):
         """Sigmas t moved by mu in the way of time_shift_type: see `sigmas.time_shift`."""
@@ -65,28 +59,18 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         are no sigmas, those are timesteps / N, shifted: then the two disagree unless the shift is 1. mu: the
         shift of use_dynamic_shifting. device has no effect.
         """
-        c = self.config
-        if c.use_dynamic_shifting and mu is None:
-            raise ValueError("use_dynamic_shifting=True needs mu, the shift: set_timesteps(n, mu=...)")
-        given = [x if x is None else np.array(to_numpy(x), np.float32) for x in (sigmas, timesteps)]
-        sigmas, timesteps = given
-        shapes = {(num_inference_steps,)} - {(None,)} | {x.shape for x in given if x is not None}
-        if len(shapes) != 1 or len(*shapes) != 1:
-            got = " and ".join(map(str, shapes)) or "none of them"
-            raise ValueError(
-                f"set_timesteps takes num_inference_steps, sigmas or timesteps, of one length; got {got}"
-            )
-        n, n_train = self._check_steps(*shapes.pop()), int(c.num_train_timesteps)
+        c, lists = self.config, {"sigmas": sigmas, "timesteps": timesteps}
+        given = {k: number_list(x, k).astype(np.float32) for k, x in lists.items() if x is not None}
+        lengths = {num_inference_steps, *map(len, given.values())} - {None}
+        if len(lengths) != 1:
+            wanted = "num_inference_steps, sigmas or timesteps, of one length"
+            raise ValueError(f"pass {wanted}; got {lengths or 'none'}")
+        n, n_train = self._check_steps(*lengths), c.num_train_timesteps
+        sigmas, timesteps = given.get("sigmas"), given.get("timesteps")
         if sigmas is None:
             ends = self.sigma_max * n_train, self.sigma_min * n_train
             sigmas = (np.linspace(*ends, n) if timesteps is None else timesteps) / n_train
-        with np.errstate(divide="ignore"):  # a sigma of 0 stays 0
-            if c.use_dynamic_shifting:
-                sigmas = self.time_shift(mu, 1.0, sigmas)
-            else:
-                sigmas = shift_flow(sigmas, self.shift)
-        if c.shift_terminal:
-            sigmas = self.stretch_shift_to_terminal(sigmas)
+        sigmas = self._shifted(sigmas, self.shift, mu)
         spread = self._spread(sigmas[-1], sigmas[0], n)
         sigmas = (sigmas if spread is None else spread).astype(np.float32)
         if c.invert_sigmas:
@@ -96,11 +80,9 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         self.num_inference_steps = n
         self._count_anew()
 
-    def step(
-        self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
-        s_tmax: float = float("inf"), s_noise: float = 1.0, generator=None, per_token_timesteps=None,
-        return_dict: bool = True,
-    ):  # fmt: skip
+    def step(self, model_output, timestep, sample, s_churn: float = 0.0, s_tmin: float = 0.0,
+             s_tmax: float = float("inf"), s_noise: float = 1.0, generator=None, per_token_timesteps=None,
+             return_dict: bool = True):  # fmt: skip
         """From timestep, one of .timesteps, to the next; model_output, sample, prev_sample (B, C, …).
 
         generator draws the noise of stochastic_sampling. per_token_timesteps (B, T): a timestep for each
@@ -108,10 +90,9 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         stochastic_sampling the model_output must then be x0 - eps, as callers of diffusers have it. s_churn,
         s_tmin, s_tmax and s_noise have no effect, as in diffusers.
         """
-        self._refuse_integer(timestep)
-        noise = self._noise(model_output, sample, generator, dtype=np.float32)
-        options = per_token_timesteps, noise
-        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
+        refuse_integer(timestep)
+        noise = generator, None, np.float32
+        return self._step(model_output, timestep, sample, return_dict, per_token_timesteps, noise=noise)
 
     def update(self, model_output, i, sample, per_token_timesteps, noise):
         """Liu et al. 2022, eq. 1: dx/dsigma = v, one step of Euler's; or x0 = x - sigma v, noised anew."""
@@ -128,7 +109,6 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             prev = combine((1 - sigma_next, sigma_next), (x0, noise()))
         else:
             prev = rise * model_output + sample
-        self._step_index += 1
         return prev, None
 
     def _token_sigmas(self, timesteps, sample):
@@ -146,7 +126,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
     def get_velocity(self, sample, noise, timesteps):
         """v = eps - x0, x0 = sample (B, …): what flow models are trained to predict, at any timestep."""
-        return like(self._array(noise, "noise") - self._array(sample, "sample"), sample)
+        return like(floats(noise, "noise") - floats(sample, "sample"), sample)
 
     def _alpha_sigma(self, sigma):
         return 1 - sigma, sigma

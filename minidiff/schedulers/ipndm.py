@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from minidiff.boundary import to_numpy
+from minidiff.arguments import one_for_each
+from minidiff.boundary import floats, number_list
 from minidiff.schedulers.counting import CountingScheduler
 from minidiff.schedulers.pndm import ADAMS_BASHFORTH
 from minidiff.schedulers.schedule import combine, linspace, predicted_eps, predicted_x0
@@ -17,7 +18,7 @@ from minidiff.schedulers.schedule import combine, linspace, predicted_eps, predi
 class IPNDMScheduler(CountingScheduler):
     """DDIM's step along a noise of the fourth order; the first three steps use what is there so far.
 
-    trained_betas: sin(p) at each step and at the end, falling, in place of the schedule above.
+    model_output is v. trained_betas: sin(p) at each step and at the end, falling, in place of those above.
     """
 
     _compatibles = ()
@@ -30,7 +31,9 @@ class IPNDMScheduler(CountingScheduler):
         """Chooses num_inference_steps timesteps, falling from 1, float32. device has no effect."""
         self.num_inference_steps = n = self._check_steps(num_inference_steps)
         if self.config.trained_betas is not None:
-            self.betas = np.array(to_numpy(self.config.trained_betas), np.float32)  # (n + 1,)
+            self.betas = number_list(self.config.trained_betas, "trained_betas").astype(
+                np.float32
+            )  # (n + 1,)
         else:
             angle = linspace(1, 0, n + 1) * np.float32(math.pi) / 2
             # rounded once: near 1 the sine's last bit, where torch's is often off, changes alpha by 3e-4
@@ -41,25 +44,19 @@ class IPNDMScheduler(CountingScheduler):
         self.ets = []  # the last noises, the newest at the end
         self._count_anew()
 
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From timestep to the next; model_output (v) and sample (B, C, …), prev_sample like sample."""
-        return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
-
     def update(self, model_output, i, sample):
         """Liu et al. 2022 (arXiv:2202.09778), eq. 9 and 12: along a noise extrapolated from the last four."""
         alpha, sigma = self.alphas[i], self.betas[i]
         eps = predicted_eps(model_output, sample, alpha, sigma, "v_prediction")
         self.ets = [*self.ets[-3:], eps]
-        ets = [self._array(e) for e in self.ets[::-1]]  # the newest first
+        ets = [floats(e) for e in self.ets[::-1]]  # the newest first
         eps = combine(ADAMS_BASHFORTH[len(ets)], ets)
-        x0 = predicted_x0(
-            eps, sample, np.maximum(alpha, np.float32(1e-8)), sigma, "epsilon"
-        )  # alpha is 0 at 1
-        self._step_index += 1
+        small = np.float32(1e-8)  # alpha is 0 at 1
+        x0 = predicted_x0(eps, sample, np.maximum(alpha, small), sigma, "epsilon")
         return combine((self.alphas[i + 1], self.betas[i + 1]), (x0, eps)), None
 
     def _signal_and_noise(self, samples, timesteps):
         """alpha and sigma, each (B, 1, …), at the timesteps' places in the schedule."""
-        rows = [self.index_for_timestep(t) for t in self._timestep_list(samples, timesteps)]
+        rows = [self.index_for_timestep(t) for t in one_for_each(timesteps, samples, "timesteps")]
         shape = -1, *[1] * (len(samples.shape) - 1)
         return self.alphas[rows].reshape(shape), self.betas[rows].reshape(shape)

@@ -14,19 +14,18 @@ from minidiff.schedulers.sigmas import sigma_to_t
 class KDPM2DiscreteScheduler(ExplodingScheduler):
     """A straight step to the middle as a trial, then the whole one along the derivative found there.
 
-    Order 2 for two model calls a step. Between the two `sample` holds where the step started.
+    Order 2 for two model calls, each a call of step. Between the two `sample` holds where the step started.
     """
 
     order = 2
     predictions = ("epsilon", "v_prediction")
     _first_leg = 0  # a schedule begun at a step's second call is out of step, as in diffusers
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        beta_schedule: str = "linear", trained_betas=None, use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+                 beta_schedule: str = "linear", trained_betas=None, use_karras_sigmas: bool = False,
+                 use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
+                 prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
+                 steps_offset: int = 0):  # fmt: skip
         self._make_tables()
         self._lay_out_all()
 
@@ -62,10 +61,6 @@ class KDPM2DiscreteScheduler(ExplodingScheduler):
     def _sigma_seen(self, i):
         return self.sigmas[i] if self.state_in_first_order else self._legs[i - 1][0]
 
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """One of the two model calls of a step; model_output, sample (B, C, …), prev_sample like sample."""
-        return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
-
     def update(self, model_output, i, sample, noise=None):
         """Lu et al. 2022, algorithm 1, in sigma: to the middle first, then with its derivative to the end."""
         seen, first = self._sigma_seen(i), self.state_in_first_order
@@ -76,11 +71,10 @@ class KDPM2DiscreteScheduler(ExplodingScheduler):
         if first:
             self.sample, prev = sample, move(sample, slope, middle - sigma)
         else:
-            origin, self.sample = self._array(self.sample), None
+            origin, self.sample = self.sample, None
             prev = move(origin, slope, end - sigma)
             if noise is not None:
                 prev += up * noise()
-        self._step_index += 1
         return prev, x0
 
 
@@ -94,5 +88,4 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         """One of the two model calls of a step; generator draws the noise that the second one adds."""
-        noise = self._noise(model_output, sample, generator)
-        return self._step(self.update, model_output, timestep, sample, noise, return_dict=return_dict)
+        return self._step(model_output, timestep, sample, return_dict, noise=(generator,))

@@ -1,15 +1,19 @@
-"""LCM, latent consistency models: Luo et al. 2023, arXiv:2310.04378.
+"""LCM, latent consistency models, and TCD, which steps along their paths: two ways to sample in 1 to 8 steps.
 
 A consistency model maps any point of a sampling path to the path's end, the data, in one call. More calls
 refine: the guess is noised again, to a lower level, and mapped again (Song et al. 2023, arXiv:2303.01469,
 algorithm 1). It was taught on few timesteps, `original_inference_steps`; those of sampling are among them.
+LCM: Luo et al. 2023, arXiv:2310.04378. TCD, trajectory consistency distillation: Zheng et al. 2024,
+arXiv:2402.19159.
 """
 
 import numpy as np
 
+from minidiff.arguments import exactly_one, falling_timesteps, share
+from minidiff.boundary import whole_number
 from minidiff.schedulers.counting import CountingScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
-from minidiff.schedulers.schedule import combine, predicted_x0
+from minidiff.schedulers.schedule import combine, predicted_eps, predicted_x0
 
 SIGMA_DATA = 0.5  # the standard deviation of the data, in the scalings below
 
@@ -24,55 +28,45 @@ class LCMScheduler(CountingScheduler):
     _compatibles = ()
     second_result = "denoised"
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear", trained_betas=None, original_inference_steps: int = 50,
-        clip_sample: bool = False, clip_sample_range: float = 1.0, set_alpha_to_one: bool = True,
-        steps_offset: int = 0, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading", timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+                 beta_schedule: str = "scaled_linear", trained_betas=None, original_inference_steps: int = 50,
+                 clip_sample: bool = False, clip_sample_range: float = 1.0, set_alpha_to_one: bool = True,
+                 steps_offset: int = 0, prediction_type: str = "epsilon", thresholding: bool = False,
+                 dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+                 timestep_spacing: str = "leading", timestep_scaling: float = 10.0,
+                 rescale_betas_zero_snr: bool = False):  # fmt: skip
         self._make_tables()
         self.final_alpha_cumprod = np.float32(1) if set_alpha_to_one else self.alphas_cumprod[0]
         self.custom_timesteps = False
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device=None,
-        original_inference_steps: int | None = None, timesteps=None, strength: float = 1.0,
-    ):  # fmt: skip
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None,
+                      original_inference_steps: int | None = None, timesteps=None,
+                      strength: float = 1.0):  # fmt: skip
         """Chooses num_inference_steps of the timesteps that the model was taught on, or a falling list.
 
         original_inference_steps replaces the config's. strength in (0, 1]: sampling starts at that share of
         the noise, for image-to-image. device has no effect: timesteps are a NumPy array.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps takes num_inference_steps or timesteps: one of them, not both")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        share(strength, "strength")
         known, most = self._taught(original_inference_steps, strength)
         if timesteps is None:
-            n = needed = self._check_steps(num_inference_steps, self.config.num_train_timesteps)
-            if n > most:
-                raise ValueError(f"num_inference_steps is {n}; the model was taught on {most}: take no more")
+            n = taken = self._check_steps(num_inference_steps, min(most, self.config.num_train_timesteps))
         else:
-            known, needed = self._custom(timesteps), 1
-            n = len(known)
+            known, n = falling_timesteps(timesteps, self.config.num_train_timesteps), len(timesteps)
             known = known[n - int(n * strength) :]
-        if len(known) < needed:
-            raise ValueError(f"strength {strength} leaves {len(known)} timesteps, not {needed}; raise it")
-        if timesteps is None:
-            known = known[np.linspace(0, len(known), n, endpoint=False).astype(np.int64)]
-        self.timesteps, self.num_inference_steps = known, n
-        self.custom_timesteps = timesteps is not None
+            taken = max(len(known), 1)
+        if len(known) < taken:
+            raise ValueError(f"strength {strength} leaves {len(known)} timesteps, not {taken}; raise it")
+        self.timesteps = known[np.linspace(0, len(known), taken, endpoint=False).astype(np.int64)]
+        self.num_inference_steps, self.custom_timesteps = n, timesteps is not None
         self._count_anew()
 
     def _taught(self, original_inference_steps, strength):
         """The timesteps that the model was taught on, falling, up to strength; how many there are in all."""
-        given = original_inference_steps
-        n_train = self.config.num_train_timesteps
+        given, n_train = original_inference_steps, self.config.num_train_timesteps
         most = self.config.original_inference_steps if given is None else given
-        most = self._check_steps(most, n_train, "original_inference_steps")
+        most = whole_number(most, "original_inference_steps", n_train)
         return np.arange(int(most * strength), 0, -1) * (n_train // most) - 1, most
 
     previous_timestep = DDPMScheduler.previous_timestep  # the next of .timesteps
@@ -88,13 +82,12 @@ class LCMScheduler(CountingScheduler):
 
         generator draws the step's noise: see `minidiff.boundary.draw_normal`. The last step draws nothing.
         """
-        options = self._table_index(timestep), self._noise(model_output, sample, generator)
-        return self._step(self.update, model_output, timestep, sample, *options, return_dict=return_dict)
+        t = self._table_index(timestep)
+        return self._step(model_output, timestep, sample, return_dict, t, noise=(generator,))
 
     def update(self, model_output, i, sample, t, noise):
         """Luo et al. 2023, eq. 9: to the end of the path; then noised again, down to the next timestep."""
-        a_t = self.alphas_cumprod[t]
-        kind = self.config.prediction_type
+        a_t, kind = self.alphas_cumprod[t], self._one_of("prediction_type", self.predictions)
         x0 = self._limited(predicted_x0(model_output, sample, np.sqrt(a_t), np.sqrt(1 - a_t), kind))
         c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
         prev = denoised = combine((c_out, c_skip), (x0, sample))
@@ -102,5 +95,45 @@ class LCMScheduler(CountingScheduler):
         if i != self.num_inference_steps - 1:
             a_prev = self._alpha_bar(self.timesteps[i + 1] if i + 1 < len(self.timesteps) else t)
             prev = combine((np.sqrt(a_prev), np.sqrt(1 - a_prev)), (denoised, noise()))
-        self._step_index += 1
         return prev, denoised
+
+
+class TCDScheduler(LCMScheduler):
+    """LCM's timesteps with less or no fresh noise: better pictures where LCM's blur, at more steps.
+
+    Where LCM maps to the end of the path and noises that again, TCD maps to a point of the path a little
+    beyond the next timestep and noises it from there: how far beyond is eta's choice. Options are LCM's;
+    clipping, thresholding and timestep_scaling have no effect, as in diffusers.
+    """
+
+    second_result = "pred_noised_sample"
+
+    def _taught(self, original_inference_steps, strength):
+        """As LCM's; original_inference_steps, if given, is only a limit, and every timestep may be chosen."""
+        if original_inference_steps is None:
+            return super()._taught(None, strength)
+        return np.arange(int(self.config.num_train_timesteps * strength))[::-1], original_inference_steps
+
+    def step(self, model_output, timestep, sample, eta: float = 0.3, generator=None,
+             return_dict: bool = True):  # fmt: skip
+        """From timestep to the next; model_output, sample (B, C, …), prev_sample, pred_noised_sample like it.
+
+        eta in [0, 1], the paper's gamma: 0 adds no noise; 1 goes to timestep 0 and noises all of it again, as
+        LCM does. generator draws the noise: see `minidiff.boundary.draw_normal`; the last step draws nothing.
+        """
+        share(eta, "eta")
+        t = self._table_index(timestep)
+        return self._step(model_output, timestep, sample, return_dict, t, eta, noise=(generator,))
+
+    def update(self, model_output, i, sample, t, eta, noise):
+        """Zheng et al. 2024, section 4.2: along eps to s = (1 - eta) t_next, then noised up to t_next."""
+        t_next = int(self.timesteps[i + 1]) if i + 1 < len(self.timesteps) else 0
+        s = int(np.float32(1 - eta) * np.float32(t_next))  # rounded down, in float32 as torch does
+        a_t, a_s, a_next = (self.alphas_cumprod[k] for k in (t, s, t_next))
+        levels = np.sqrt(a_t), np.sqrt(1 - a_t), self._one_of("prediction_type", self.predictions)
+        x0, eps = (find(model_output, sample, *levels) for find in (predicted_x0, predicted_eps))
+        prev = noised = combine((np.sqrt(a_s), np.sqrt(1 - a_s)), (x0, eps))
+        if eta > 0 and i != self.num_inference_steps - 1:
+            kept = a_next / a_s
+            prev = combine((np.sqrt(kept), np.sqrt(1 - kept)), (noised, noise()))
+        return prev, noised

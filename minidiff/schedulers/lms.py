@@ -1,22 +1,21 @@
 """A linear multistep method for unevenly spread sigmas: Adams-Bashforth (k-diffusion's `sample_lms`)."""
 
-import numpy as np
-
+from minidiff.boundary import floats, whole_number
+from minidiff.numerics import solve_vandermonde
 from minidiff.schedulers.exploding import ExplodingScheduler, derivative
 from minidiff.schedulers.schedule import combine
-from minidiff.schedulers.sigmas import karras
-from minidiff.schedulers.unipc import solve_vandermonde
 
 
 class LMSDiscreteScheduler(ExplodingScheduler):
     """Follows a polynomial through the last derivatives, which `derivatives` keeps: order 4 for one call."""
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ):  # fmt: skip
+    unbounded = ("use_karras_sigmas",)  # as in diffusers
+
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, use_karras_sigmas: bool = False,
+                 use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
+                 prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
+                 steps_offset: int = 0):  # fmt: skip
         self._make_tables()
         self._lay_out_all()
 
@@ -25,19 +24,13 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         self._lay_out(num_inference_steps)
         self.derivatives = []  # the newest at the end
 
-    def _spread(self, lowest, highest, n):
-        if self.config.use_karras_sigmas:  # without bounds, as in diffusers
-            return karras(float(lowest), float(highest), n)
-        return super()._spread(lowest, highest, n)
-
     def step(self, model_output, timestep, sample, order: int = 4, return_dict: bool = True):
         """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample.
 
         order: how many derivatives the polynomial goes through, at least 1; the first steps have fewer.
         """
-        if isinstance(order, bool) or not isinstance(order, int | np.integer) or order < 1:
-            raise ValueError(f"order is {order!r}; it must be a whole number of at least 1")
-        return self._step(self.update, model_output, timestep, sample, order, return_dict=return_dict)
+        order = whole_number(order, "order")
+        return self._step(model_output, timestep, sample, return_dict, order)
 
     def update(self, model_output, i, sample, order):
         """Hairer, Nørsett & Wanner 1993, section III.5: the integral of a polynomial over the step.
@@ -46,14 +39,11 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         """
         sigma = self.sigmas[i]
         x0 = self._predicted_x0(model_output, sample, sigma)
-        self.derivatives.append(derivative(sample, x0, sigma))
-        if len(self.derivatives) > order:
-            self.derivatives.pop(0)
+        self.derivatives = [*self.derivatives, derivative(sample, x0, sigma)][-order:]
         weights = self._weights(min(i + 1, order), i)
-        known = [self._array(d) for d in self.derivatives[::-1]][: len(weights)]
+        known = [floats(d) for d in self.derivatives[::-1]][: len(weights)]
         prev = combine(weights[: len(known)], known)
         prev += sample
-        self._step_index += 1
         return prev, x0
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:

@@ -8,6 +8,7 @@ up with formulas of lower order.
 
 import numpy as np
 
+from minidiff.boundary import floats
 from minidiff.schedulers.schedule import Scheduler, combine, predicted_eps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)  # order 4: weights of its four model calls
@@ -27,12 +28,12 @@ class PNDMScheduler(Scheduler):
     set_alpha_to_one: whether the last step ends at no noise at all, or at that of timestep 0.
     """
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
-        beta_schedule: str = "linear", trained_betas=None, skip_prk_steps: bool = False,
-        set_alpha_to_one: bool = False, prediction_type: str = "epsilon", timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-    ):  # fmt: skip
+    predictions = ("epsilon", "v_prediction")
+
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", trained_betas=None, skip_prk_steps: bool = False,
+                 set_alpha_to_one: bool = False, prediction_type: str = "epsilon",
+                 timestep_spacing: str = "leading", steps_offset: int = 0):  # fmt: skip
         self._make_tables()
         self.final_alpha_cumprod = np.float32(1) if set_alpha_to_one else self.alphas_cumprod[0]
         self.timesteps = self.prk_timesteps = self.plms_timesteps = None
@@ -46,18 +47,15 @@ class PNDMScheduler(Scheduler):
 
     def set_timesteps(self, num_inference_steps: int, device=None):
         """Chooses the timesteps, in the order of the model's calls: some come twice. device has no effect."""
-        n = self._check_steps(num_inference_steps)
-        c = self.config
+        c, n = self.config, self._check_steps(num_inference_steps)
         spaced = self._spaced(n)
         if c.skip_prk_steps:
             self.prk_timesteps = np.array([])
             self.plms_timesteps = np.concatenate([spaced[:2], spaced[1:]])  # the second one twice
         else:
             if len(spaced) < RK_TIMESTEPS:
-                raise ValueError(
-                    f"num_inference_steps is {n}; the Runge-Kutta warm-up takes at least {RK_TIMESTEPS}: "
-                    "take more, or leave it out with skip_prk_steps=True"
-                )
+                needed = f"the Runge-Kutta warm-up takes at least {RK_TIMESTEPS}: take more"
+                raise ValueError(f"num_inference_steps is {n}; {needed}, or set skip_prk_steps=True")
             halves = spaced[:RK_TIMESTEPS].repeat(2)  # each with the point half a step above it
             halves[::2] += c.num_train_timesteps // n // 2
             self.prk_timesteps = halves[1:].repeat(2)[1:-1]
@@ -66,19 +64,18 @@ class PNDMScheduler(Scheduler):
         self.num_inference_steps = n
         self._forget()
 
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From timestep to the next, by Runge-Kutta first unless skipped; model_output, sample (B, C, …)."""
-        warm = self.prk_timesteps is None or self.counter >= len(self.prk_timesteps)
-        update = self.update_plms if warm else self.update_prk
-        return self._step(update, model_output, timestep, sample, return_dict=return_dict)
-
     def step_prk(self, model_output, timestep, sample, return_dict: bool = True):
         """One of the four model calls of a Runge-Kutta step."""
-        return self._step(self.update_prk, model_output, timestep, sample, return_dict=return_dict)
+        return self._step(model_output, timestep, sample, return_dict, update=self.update_prk)
 
     def step_plms(self, model_output, timestep, sample, return_dict: bool = True):
         """One linear multistep step."""
-        return self._step(self.update_plms, model_output, timestep, sample, return_dict=return_dict)
+        return self._step(model_output, timestep, sample, return_dict, update=self.update_plms)
+
+    def update(self, model_output, t, sample):
+        """By Runge-Kutta for as long as its timesteps last, then by the linear multistep method."""
+        warm = self.counter >= len(self.prk_timesteps)
+        return (self.update_plms if warm else self.update_prk)(model_output, t, sample)
 
     def update_prk(self, model_output, t, sample):
         """Liu et al. 2022, eq. 13: three trial steps to see the noise there, then one along a mean."""
@@ -94,7 +91,7 @@ class PNDMScheduler(Scheduler):
         self.cur_model_output = self.cur_model_output + RUNGE_KUTTA[call] * model_output
         if call == 3:
             model_output, self.cur_model_output = self.cur_model_output, 0
-        origin = sample if self.cur_sample is None else self._array(self.cur_sample)
+        origin = sample if self.cur_sample is None else floats(self.cur_sample)
         return self._transfer(origin, start, prev_t, model_output)
 
     def update_plms(self, model_output, t, sample):
@@ -111,7 +108,7 @@ class PNDMScheduler(Scheduler):
             t, prev_t = t + jump, t
         else:
             self.ets = [*self.ets[-3:], model_output]
-        ets = [self._array(e) for e in self.ets[-1:-5:-1]]  # the newest first
+        ets = [floats(e) for e in self.ets[-1:-5:-1]]  # the newest first
         if self.counter == 0:
             self.cur_sample = sample
         elif self.counter == 1 and len(ets) == 1:
@@ -126,9 +123,7 @@ class PNDMScheduler(Scheduler):
         self.counter += 1
         a_t, a_prev = self.alphas_cumprod[self._table_index(t)], self._alpha_bar(prev_t)
         b_t, b_prev = 1 - a_t, 1 - a_prev
-        kind = self.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type is {kind!r}; PNDM takes epsilon or v_prediction")
+        kind = self._one_of("prediction_type", self.predictions)
         eps = predicted_eps(model_output, sample, np.sqrt(a_t), np.sqrt(b_t), kind)
         divisor = a_t * np.sqrt(b_prev) + np.sqrt(a_t * b_t * a_prev)
         return np.sqrt(a_prev / a_t) * sample - (a_prev - a_t) / divisor * eps, None

@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 
-from minidiff.boundary import like
+from minidiff.arguments import at_most_one, one_for_each, positive
+from minidiff.boundary import floats, like
+from minidiff.numerics import symmetric_beta_quantile
 from minidiff.schedulers.counting import CountingScheduler
 
 # Zero-SNR tables end at a_t = 0, where sigma is infinite: the smallest float16 stands in for it.
@@ -35,32 +37,13 @@ def exponential(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
 
 def logarithms(*sigmas: float) -> list[float]:
     """The logarithms of the ends between which sigmas are to be laid out, or ValueError."""
-    if not min(sigmas) > 0:
-        raise ValueError(f"exponential sigmas must stay above 0; they go from {max(sigmas)} to {min(sigmas)}")
+    positive(min(sigmas), "the lowest of exponential sigmas")
     return [math.log(sigma) for sigma in sigmas]
 
 
 def beta(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
     """n falling sigmas at quantiles of Beta(0.6, 0.6): dense at both ends (arXiv:2407.12173)."""
     return sigma_min + symmetric_beta_quantile(1 - np.linspace(0, 1, n), 0.6) * (sigma_max - sigma_min)
-
-
-def symmetric_beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
-    """x with P(X <= x) = p for X ~ Beta(a, a): the inverse regularised incomplete beta function, float64.
-
-    For x <= 1/2 that is x^a / B(a, a) times the sum over k of (1 - a)(2 - a)…(k - a) / k! / (a + k) x^k
-    (DLMF 8.17.7); 60 terms are exact to float64 there. The other half is its mirror image.
-    """
-    lower = np.minimum(p, 1 - p)
-    whole = math.gamma(a) ** 2 / math.gamma(2 * a)  # B(a, a)
-    k = np.arange(1, 60)
-    terms = np.concatenate([[1], np.cumprod((k - a) / k)]) / (a + np.arange(60))
-    x = np.minimum((lower * a * whole) ** (1 / a), 0.5)  # from the first term alone; 0 stays 0
-    for _ in range(20):  # Newton in x^a, in which the distribution is almost a line
-        error = x**a * np.polyval(terms[::-1], x) / whole - lower
-        slope = (1 - x) ** (a - 1) / (a * whole)
-        x = np.clip(x**a - error / slope, 0, 0.5**a) ** (1 / a)
-    return np.where(p <= 0.5, x, 1 - x)
 
 
 def flow(n: int, n_train: int) -> np.ndarray:
@@ -78,10 +61,9 @@ def time_shift(sigmas: np.ndarray, mu: float, kind: str, power: float = 1.0) -> 
 
     Written as in diffusers, whose whole timesteps depend on the last bit.
     """
-    if kind not in ("exponential", "linear"):
-        raise ValueError(f"time_shift_type is {kind!r}; it must be exponential or linear")
     shift = math.exp(mu) if kind == "exponential" else mu
-    return shift / (shift + (1 / sigmas - 1) ** power)
+    with np.errstate(divide="ignore"):  # a sigma of 0 stays 0
+        return shift / (shift + (1 / sigmas - 1) ** power)
 
 
 def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
@@ -108,13 +90,10 @@ SPREADS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "
 class SigmaScheduler(CountingScheduler):
     """Base of the schedulers that walk over `sigmas`, float32 (n + 1,), falling; they end at the last."""
 
-    def _check_spreads(self):
-        chosen = [key for key in SPREADS if self.config.get(key)]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one")
+    unbounded: tuple[str, ...] = ()  # spreads that take no notice of the config's sigma_min and sigma_max
 
     def _make_tables(self):
-        self._check_spreads()
+        at_most_one(self.config, SPREADS)
         super()._make_tables()
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = SMALLEST_ALPHA
@@ -126,25 +105,32 @@ class SigmaScheduler(CountingScheduler):
 
     def _spread(self, lowest, highest, n):
         """n falling sigmas between these, or the config's, bounds; None if it asks for those of timesteps."""
-        c = self.config
         for key, spread in SPREADS.items():
-            if c.get(key):
-                low = lowest if c.get("sigma_min") is None else c.sigma_min
-                high = highest if c.get("sigma_max") is None else c.sigma_max
+            if self.config.get(key):
+                own = {} if key in self.unbounded else self.config
+                low, high = own.get("sigma_min"), own.get("sigma_max")
+                low, high = lowest if low is None else low, highest if high is None else high
                 return spread(float(low), float(high), n)
         return None
 
-    def _set_sigmas(self, sigmas, sigma_min=None):
-        """Stores the sigmas to visit and the one that sampling ends at, 0 or sigma_min; counts anew.
+    def _shifted(self, sigmas, shift, mu):
+        """Flow sigmas moved by shift or, with use_dynamic_shifting, by mu; then to shift_terminal."""
+        c = self.config
+        if not c.use_dynamic_shifting:
+            sigmas = shift_flow(sigmas, shift)
+        elif mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu, the shift: set_timesteps(n, mu=...)")
+        else:
+            sigmas = time_shift(sigmas, mu, self._one_of("time_shift_type", ("exponential", "linear")))
+        return stretch_to_terminal(sigmas, c.shift_terminal) if c.shift_terminal else sigmas
 
-        sigma_min None: it ends at 0, whatever the config carries along.
-        """
-        kind = "zero" if sigma_min is None else self.config.final_sigmas_type
-        last = {"zero": 0, "sigma_min": sigma_min}.get(kind)
-        if last is None:
-            raise ValueError(
-                f"final_sigmas_type is {self.config.final_sigmas_type!r}; it must be zero or sigma_min"
-            )
+    def _final_sigma(self, sigma_min):
+        """Where sampling ends: at no noise, or at that of sigma_min."""
+        kind = self._one_of("final_sigmas_type", ("zero", "sigma_min"))
+        return sigma_min if kind == "sigma_min" else 0
+
+    def _set_sigmas(self, sigmas, last=0):
+        """Stores the sigmas to visit and the one that sampling ends at; counts anew."""
         self.sigmas = np.append(sigmas, last).astype(np.float32)
         self._count_anew()
 
@@ -154,16 +140,14 @@ class SigmaScheduler(CountingScheduler):
         Once a begin_index is set, all are at the current step. Before set_timesteps the timesteps fall while
         the table rises, so that t gets the noise of N - 1 - t, as in diffusers: set timesteps first.
         """
-        timesteps = self._timestep_list(samples, timesteps)
-        if self._begin_index is None:
-            rows = [self.index_for_timestep(t) for t in timesteps]
-        else:
-            rows = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
+        begin, timesteps = self.begin_index, one_for_each(timesteps, samples, "timesteps")
+        current = begin if self.step_index is None else self.step_index
+        rows = [self.index_for_timestep(t) if begin is None else current for t in timesteps]
         return self._alpha_sigma(self._sigmas_of(rows, samples))
 
     def _sigmas_of(self, rows, samples):
         """The sigmas at these places, (B, 1, …); from a table in samples' dtype, as in diffusers."""
-        return self._array(like(self.sigmas, samples))[rows].reshape(-1, *[1] * (len(samples.shape) - 1))
+        return floats(like(self.sigmas, samples))[rows].reshape(-1, *[1] * (len(samples.shape) - 1))
 
     def _alpha_sigma(self, sigma):
         """alpha and sigma_t in x = alpha x0 + sigma_t eps, for sigma = sigma_t / alpha."""

@@ -7,9 +7,11 @@ step once more when the model has seen where it led to: one order better for no 
 
 import numpy as np
 
+from minidiff.arguments import exactly_one
+from minidiff.numerics import solve_vandermonde
 from minidiff.schedulers.exponential import ExponentialIntegrator
 from minidiff.schedulers.schedule import combine
-from minidiff.schedulers.sigmas import flow, shift_flow, stretch_to_terminal, time_shift
+from minidiff.schedulers.sigmas import flow
 
 
 class UniPCMultistepScheduler(ExponentialIntegrator):
@@ -24,23 +26,19 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
 
     repeats_last = True
 
-    def __init__(
-        self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
-        trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
-        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, predict_x0=True, solver_type="bh2",
-        lower_order_final=True, disable_corrector=(), solver_p=None, use_karras_sigmas=False,
-        use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
-        timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero", rescale_betas_zero_snr=False,
-        use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None, sigma_max=None,
-        shift_terminal=None,
-    ):  # fmt: skip
+    def __init__(self, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                 trained_betas=None, solver_order=2, prediction_type="epsilon", thresholding=False,
+                 dynamic_thresholding_ratio=0.995, sample_max_value=1.0, predict_x0=True, solver_type="bh2",
+                 lower_order_final=True, disable_corrector=(), solver_p=None, use_karras_sigmas=False,
+                 use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False, flow_shift=1.0,
+                 timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero",
+                 rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential",
+                 sigma_min=None, sigma_max=None, shift_terminal=None):  # fmt: skip
         if shift_terminal is not None and not use_flow_sigmas:
             raise ValueError("shift_terminal works only with use_flow_sigmas=True")
-        self._check_order()
-        self._replace("solver_type", ("midpoint", "heun", "logrho"), ("bh2", "bh1"))
         self._make_tables()
+        self._replace("solver_type", ("midpoint", "heun", "logrho"), ("bh2", "bh1"))
         self.predict_x0, self.disable_corrector, self.solver_p = predict_x0, disable_corrector, solver_p
-        self._forget()
 
     def _forget(self):
         super()._forget()
@@ -53,16 +51,15 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
         mu: the shift of use_dynamic_shifting. device has no effect.
         """
         c = self.config
-        if (num_inference_steps is None) == (sigmas is None):
-            raise ValueError("set_timesteps takes num_inference_steps or sigmas: one of them, not both")
+        exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas)
         if sigmas is not None and not c.use_flow_sigmas:
             raise ValueError("sigmas can be given only with use_flow_sigmas=True")
-        if c.use_dynamic_shifting and mu is None:
-            raise ValueError("use_dynamic_shifting=True needs mu, the shift: set_timesteps(n, mu=...)")
-        n = self._check_steps(num_inference_steps if sigmas is None else len(sigmas))
-        table = self._table_sigmas() if sigmas is None else np.array(sigmas)
-        flowing = (lambda n: flow(n, c.num_train_timesteps)) if sigmas is None else lambda n: table
-        self._visit(n, self._spaced(n, skip_last=True), table, lambda n: self._shifted(flowing(n), mu))
+        given = None if sigmas is None else np.array(sigmas)
+        n = self._check_steps(num_inference_steps if given is None else len(given))
+        even = flow(n, c.num_train_timesteps) if given is None else given
+        shifted = self._shifted(even, c.flow_shift, mu)
+        shifted[0] -= 1e-6 * (abs(shifted[0] - 1) < 1e-6)  # at 1 lambda is infinite
+        self._visit(n, self._spaced(n, skip_last=True), shifted if c.use_flow_sigmas else None, table=given)
         if self.solver_p is not None:
             self.solver_p.set_timesteps(self.num_inference_steps)
 
@@ -72,45 +69,25 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
         sigmas = spread / (spread + 1)
         return sigmas, sigmas * self.config.num_train_timesteps
 
-    def _shifted(self, sigmas, mu):
-        """Flow sigmas with more noise for large pictures, the first below 1: there lambda is infinite."""
-        c = self.config
-        if c.use_dynamic_shifting:
-            sigmas = time_shift(sigmas, mu, c.time_shift_type)
-        else:
-            sigmas = shift_flow(sigmas, c.flow_shift)
-        if c.shift_terminal:
-            sigmas = stretch_to_terminal(sigmas, c.shift_terminal)
-        if abs(sigmas[0] - 1) < 1e-6:
-            sigmas[0] -= 1e-6
-        return sigmas
-
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
-        """From this step's sigma to the next; model_output, sample (B, C, …), prev_sample like sample."""
-        return self._step(self.update, model_output, timestep, sample, return_dict=return_dict)
-
     def update(self, model_output, i, sample):
         """Zhao et al. 2023, section 3: corrects the step that led to sample, then predicts the next one."""
-        c = self.config
         believed = self._convert(model_output, i, sample)
         if i > 0 and i - 1 not in self.disable_corrector and self.last_sample is not None:
             sample = self._solve(i - 1, self.this_order, self.last_sample, [believed])
         self._remember(believed)
-        order = min(c.solver_order, len(self.timesteps) - i) if c.lower_order_final else c.solver_order
-        self.this_order = min(order, self.lower_order_nums + 1)
+        left = len(self.timesteps) - i if self.config.lower_order_final else self.config.solver_order
+        self.this_order = min(self.lower_order_nums, left)
         self.last_sample = sample
         if self.solver_p is None:
             prev = self._solve(i, self.this_order, sample)
         else:
             prev = self.solver_p.step(model_output, self.timesteps[i], sample).prev_sample
-        self._count()
         return prev, None
 
     def _solve(self, start, order, sample, at_end=()):
         """From sigmas[start] to the next: UniP (section 3.2), or with the output at its end UniC (3.1)."""
-        h, keep, fall, scale, *b = self._steps[start]
+        (h, keep, fall, scale, *b), levels = self._steps[start], self._levels
         first, *outputs = [*self._recent(order), *at_end]  # the newest first
-        levels = self._levels
         nodes = [(levels[start - k][2] - levels[start][2]) / h for k in range(1, order)]  # r_k, below 0
         if at_end:
             nodes.append(np.float32(1))
@@ -150,24 +127,3 @@ def moments(h, rise, scale, count):
         factorial *= k + 1
         phi = phi / h - 1 / factorial
     return b
-
-
-def solve_vandermonde(nodes, b) -> list[float]:
-    """The weights w with sum_j nodes[j]^i w[j] = b[i] for all i, in float64 (Björck & Pereyra 1970).
-
-    With them a step is exact for polynomials through the nodes. ValueError for a node that comes twice.
-    """
-    x, w = [float(node) for node in nodes], [float(value) for value in b]
-    n = len(x)
-    for k in range(n - 1):
-        for i in range(n - 1, k, -1):
-            w[i] -= x[k] * w[i - 1]
-    for k in range(n - 2, -1, -1):
-        for i in range(k + 1, n):
-            gap = x[i] - x[i - k - 1]
-            if gap == 0:
-                raise ValueError("two steps have the same noise level: set lower_order_final=True")
-            w[i] /= gap
-        for i in range(k, n - 1):
-            w[i] -= w[i + 1]
-    return w
