@@ -148,7 +148,7 @@ def _geglu(
     tl.store(y_ptr + (m * columns)[:, None] + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _geglu_linear(x_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
                   ACC: tl.constexpr, EVEN: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip

@@ -122,7 +122,10 @@ def configs(dtype, target: str) -> list[dict]:
     }[target]
 
 
-@triton.jit
+UNSPECIALIZED = ["M", "height", "width"]  # only channels and strides say what is aligned
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _phase_conv(x_ptr, folded_ptr, bias_ptr, y_ptr, M, N, K, height, width, stride_xb, stride_xh, stride_xw,
                 ACC: tl.constexpr, EVEN: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
