@@ -7,24 +7,31 @@ from minidiff_kernels import launch
 
 SLICE, LARGEST = 256, 512  # columns that one block accumulates, and that a head has at most
 SHORT_KEYS, ON_CHIP = 128, 128 * 128  # keys that stay on chip, and numbers of k and of v: 32 KiB of each
-# Blocks for heads of up to so many columns: the largest that fit and don't spill, found by compiling. Two of
-# sm_90's share a multiprocessor up to 80 columns and at 160, so that one's exponentials overlap with the
-# other's products; sm_80's fit the 99 KiB of consumer GPUs. Masks are loaded number by number, which takes
+# Blocks for heads of up to so many columns: the largest that fit and don't spill, found by compiling. On
+# sm_90 two share a multiprocessor up to 64 columns and at 160, three at 80: exponentials of one overlap with
+# products of another. sm_80's fit the 99 KiB of consumer GPUs. Masks are loaded number by number, which takes
 # registers.
-COLUMNS = (80, 128, 160, 256, 512)
+COLUMNS = (64, 80, 128, 160, 256, 512)
 TILED = {  # (BLOCK_M, BLOCK_N, num_warps, num_stages) for each of COLUMNS
-    "sm_80": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 8, 2), (64, 16, 8, 2)),
-    "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-    "gfx942": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
-    "masked": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 2)),
-    "float32": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
-    "float32 masked": ((32, 16, 8, 2),) * 4 + ((16, 16, 8, 2),),
+    "sm_80": ((128, 64, 8, 3),) * 2 + ((128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 8, 2), (64, 16, 8, 2)),
+    "sm_90": (
+        (128, 64, 8, 3),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (128, 32, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "sm_100": ((128, 64, 8, 3),) * 2 + ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    "gfx942": ((128, 64, 8, 2),) * 3 + ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
+    "masked": ((64, 32, 8, 2),) * 4 + ((64, 16, 8, 2),) * 2,
+    "float32": ((32, 32, 8, 2),) * 3 + ((32, 16, 8, 2),) * 2 + ((16, 16, 8, 2),),
+    "float32 masked": ((32, 16, 8, 2),) * 5 + ((16, 16, 8, 2),),
 }
 SHORT = {  # (BLOCK_M, num_warps, num_stages)
-    "all": ((64, 4, 2), (64, 4, 1), (64, 4, 1)),
-    "masked": ((32, 8, 2), (32, 8, 2)),
-    "gfx942 masked": ((32, 4, 2), (32, 4, 2)),
+    "all": ((64, 4, 2),) * 2 + ((64, 4, 1),) * 2,
+    "masked": ((32, 8, 2),) * 3,
+    "gfx942 masked": ((32, 4, 2),) * 3,
 }
 
 
