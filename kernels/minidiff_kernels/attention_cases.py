@@ -54,7 +54,7 @@ def _case(shape, where, dtype="fp16", kind=None) -> KernelCase:
         kernel=kernel,
         signature={name: types.get(name, "i32") for name in names},
         constexprs=constexprs,
-        aligned=tuple(name for name in names if name in types),
+        aligned=tuple(name for name in names if name in types or (name == "stride_ms" and kind is None)),
         configs=configs,
         op="attention",
         shape=shape,

@@ -26,7 +26,10 @@ from minidiff_kernels import launch
 from minidiff_kernels.case import TARGETS, KernelCase
 from minidiff_kernels.cases import CASES
 
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "waves_per_eu", "matrix_instr_nonkdim")
+OPTIONS = (
+    *("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu"),
+    "matrix_instr_nonkdim",
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def compile_case(case: KernelCase, config: dict, target: str) -> Compiled:
     """Compiles case.kernel with a config for target, one of LIMITS; nothing is run, no GPU is needed."""
     kernel, limits = case.kernel, LIMITS[target]
     options = {key: value for key, value in config.items() if key in OPTIONS}
+    options.setdefault("enable_fp_fusion", True)  # the default so far, which is going to change
     constants = case.constexprs | {key: value for key, value in config.items() if key not in OPTIONS}
     types = case.signature | dict.fromkeys(constants, "constexpr")
     if set(types) != set(kernel.arg_names) or set(case.signature) & set(constants):
