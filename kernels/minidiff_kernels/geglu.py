@@ -159,7 +159,7 @@ def _geglu_linear(x_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + (m * stride_xm)[:, None] + k[None, :]  # (BLOCK_M, BLOCK_K)
     value_at = weight_ptr + k[:, None] + (n * stride_wn)[None, :]  # (BLOCK_K, BLOCK_N)
-    gate_at = value_at + N.to(tl.int64) * stride_wn
+    gate_at = value_at + tl.cast(N, tl.int64) * stride_wn
     value = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     gate = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     x_inside, w_inside = (m < M)[:, None], (n < N)[None, :]

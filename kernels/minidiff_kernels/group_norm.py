@@ -193,7 +193,7 @@ def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, channels, pixe
     x -= tl.load(x_ptr).to(ACC)  # exact near the mean: from here on small numbers
     if temb_ptr is not None:
         x += tl.load(temb_ptr + b * channels + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
-    size = (pixels * PER_GROUP).to(ACC)
+    size = tl.cast(pixels * PER_GROUP, ACC)
     x -= tl.sum(tl.sum(tl.where(inside, x, 0.0), 1), 0) / size
     variance = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), 1), 0) / size
     y = x * (1.0 / tl.sqrt(variance + EPS))
