@@ -177,7 +177,7 @@ def masked(seed):
     (h, w), height, width = rng.integers(16, 90, 2), *rng.choice([24, 32, 64], 2).tolist()
     values = np.zeros((h, w), np.uint8)
     top, left = rng.integers(0, h), rng.integers(0, w)
-    values[top : rng.integers(top, h) + 1, left : rng.integers(left, w) + 1] = rng.integers(1, 256)
+    values[top : rng.integers(top, h) + 1, left : rng.integers(left, w) + 1] = rng.choice([1, 60, 255])
     return pil(h, w, seed=seed), Image.fromarray(values), height, width, int(rng.integers(0, 40))
 
 
