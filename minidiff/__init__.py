@@ -55,6 +55,15 @@ _WHERE = {  # module -> its public names
         "AutoPipelineForImage2Image",
         "AutoPipelineForInpainting",
     ),
+    "minidiff.editing": (
+        "compose",
+        "compose_guidance",
+        "interpolate",
+        "invert",
+        "invert_ddim",
+        "reconstruct",
+        "slerp",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = ["__version__", *_MODULE_OF]

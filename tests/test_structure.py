@@ -71,6 +71,7 @@ PUBLIC = [
     *("CLIPTokenizer", "DiffusionPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline"),
     *("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline"),
     *("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"),
+    *("compose", "compose_guidance", "interpolate", "invert", "invert_ddim", "reconstruct", "slerp"),
 ]
 
 
