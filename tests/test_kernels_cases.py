@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from minidiff_kernels import benchmarks, shapes
+from minidiff_kernels.case import TARGETS
+from minidiff_kernels.cases import CASES
 
 import minidiff
 from minidiff import ops
 from minidiff.models.layers import Upsample2D
 from minidiff.models.unet import GEGLU
-
-shapes = pytest.importorskip("minidiff_kernels.shapes")
 
 CROSS, DOWN, UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D"
 UNETS = {  # as in the published configs
@@ -51,7 +52,7 @@ class Seen:
         self.attention.add((*q.shape[:3], *k.shape[2:]))
         return torch.empty_like(q)
 
-    def _normalize(self, x, num_groups, weight, bias, eps, silu=False, backend="torch", **_):
+    def _normalize(self, x, num_groups, weight, bias, eps, silu=False, *_):
         assert num_groups == 32
         self.group_norm.add((*x.shape, silu))
         return torch.empty_like(x)
@@ -107,3 +108,39 @@ def test_the_registry_has_the_shapes_of_the_vae(monkeypatch):
                 vae.encoder(torch.empty(batch, 3, side, side))
                 vae.decoder(torch.empty(batch, 4, side // 8, side // 8))
     assert seen.tables() == registered("VAE")
+
+
+def test_every_shape_of_the_models_has_a_case_in_float16():
+    found = {}
+    for case in (case for case in CASES if case.run is not None and case.dtype == "fp16"):
+        silu = (not case.name.startswith("groupnorm/"),) if case.op == "group_norm" else ()
+        found.setdefault(case.op, set()).add((*case.shape, *silu))
+    assert set(shapes.ATTENTION) <= found["attention"]
+    assert set(shapes.GROUP_NORM) <= found["group_norm"]
+    assert set(shapes.GEGLU) <= {(m, k, n) for m, k, n in (s for s in found["geglu"] if len(s) == 3)}
+    assert {(*shape, shape[1]) for shape in shapes.UPSAMPLE_CONV} <= found["upsample_conv"]
+
+
+def test_cases_have_names_of_their_own_and_what_it_takes_to_compile_and_measure_them():
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        given = set(case.signature) | set(case.constexprs)
+        assert given <= set(case.kernel.arg_names) and set(case.aligned) <= set(case.signature), case.name
+        assert all(case.configs_for(target) for target in case.targets), case.name
+        if case.run is not None:
+            assert case.make_inputs and case.tiny_inputs and case.reference, case.name
+            assert case.flops > 0 and case.bytes > 0 and case.atol > 0, case.name
+
+
+@pytest.mark.parametrize("start", ["attn/self/d40/", "attn/self/d80/", "attn/self/d160/", "attn/self/d512/",
+                                   "attn/self/d64/", "attn/cross77/d40/", "groupnorm_silu/", "geglu/",
+                                   "upsample_conv/"])  # fmt: skip
+def test_the_cases_that_decide_are_there_for_every_target(start):
+    found = [case for case in CASES if case.name.startswith(start)]
+    assert found and all(set(case.targets) == set(TARGETS) for case in found)
+
+
+@pytest.mark.slow
+def test_every_way_through_the_kernels_is_right_beside_pytorch(capsys):
+    assert benchmarks.main(["--dry-run"]) == 0, capsys.readouterr().out
+    assert ", 0 of them wrong: -" in capsys.readouterr().out
