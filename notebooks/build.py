@@ -42,7 +42,7 @@ def notebooks(wanted=()) -> list[Path]:
 def execute(path: Path):
     """The notebook with fresh outputs; raises nbclient's CellExecutionError where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", coalesce_streams=True,
                    resources={"metadata": {"path": str(FOLDER)}}).execute()  # fmt: skip
     return clean(notebook)
 
@@ -80,8 +80,9 @@ def line_of(source: str, name: str) -> int | None:
 
 
 def _names(node):
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [target.id for target in targets if isinstance(target, ast.Name)]
     return [getattr(node, "name", None)]
 
 

@@ -110,7 +110,8 @@ def test_the_page_holds_every_notebook_and_asks_nobody(tmp_path, monkeypatch, ca
 
 
 def test_a_name_in_the_library_is_found_at_its_line():
-    source = "A = 1\n\n\nclass B:\n    def c(self):\n        pass\n"
-    assert [build.line_of(source, name) for name in ("A", "B", "B.c", "d", "B.d")] == [1, 4, 5, None, None]
+    source = "A = 1\nE: int = 2\n\nclass B:\n    def c(self):\n        pass\n"
+    lines = {"A": 1, "E": 2, "B": 4, "B.c": 5, "d": None, "B.d": None}
+    assert {name: build.line_of(source, name) for name in lines} == lines
     with pytest.raises(ValueError, match="has no nothing"):
         build.relink("[`nothing`](../minidiff/ops.py#L3)")
