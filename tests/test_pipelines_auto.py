@@ -1,5 +1,6 @@
 """One set of parts for several tasks: from_pipe, and the AutoPipelines, which pick the class."""
 
+import inspect
 import shutil
 
 import diffusers
@@ -192,3 +193,16 @@ def test_the_pipelines_draw_what_those_from_the_folder_draw(pipe, folder):
             p("a red ball", *pictures, generator=generator(), **options).images for p in (shared, loaded)
         ]
         assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("name", [IMAGE, INPAINT])
+def test_arguments_have_the_order_and_the_defaults_of_diffusers(name):
+    ours, theirs = (
+        list(inspect.signature(getattr(library, name).__call__).parameters.values())
+        for library in (minidiff, diffusers)
+    )
+    positional = [argument.name for argument in ours if argument.kind is argument.POSITIONAL_OR_KEYWORD]
+    assert positional == [argument.name for argument in theirs][: len(positional)]
+    for argument in ours:
+        expected = next(each.default for each in theirs if each.name == argument.name)
+        assert argument.default == (tuple(expected) if isinstance(expected, list) else expected)
