@@ -13,7 +13,8 @@ def pictures(images, captions=None, columns=None, size=1.6):
     """Pictures side by side as one, row by row, as what IPython displays: a JPEG, for small notebooks.
 
     images: PIL images or arrays (H, W) or (H, W, 3), floats in [0, 1] or uint8; grey ones keep their range.
-    captions: one text for each. columns: in a row, all if None. size: of a picture, in inches of 100 pixels.
+    captions: one text for each, of one line or more. columns: in a row, all if None. size: of a picture, in
+    inches of 100 pixels.
     """
     import matplotlib.pyplot as plt
     from IPython.display import Image as Shown
@@ -21,10 +22,12 @@ def pictures(images, captions=None, columns=None, size=1.6):
     images = [np.asarray(image) for image in images]
     columns = min(columns or len(images), len(images))
     rows = math.ceil(len(images) / columns)
-    height = size + (0.3 if captions else 0)
+    lines = max(caption.count("\n") + 1 for caption in captions) if captions else 0
+    height = size + (0.14 + 0.16 * lines if captions else 0)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * height), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
+        axis.set_anchor("S")  # what is left of the height is for the caption
     for k, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image.clip(0, 1) if image.dtype.kind == "f" and image.ndim == 3 else image, cmap="gray")
         if captions:
