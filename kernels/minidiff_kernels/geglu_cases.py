@@ -10,7 +10,7 @@ from minidiff_kernels.shapes import GEGLU
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 3e-3, "bf16": 2e-2, "fp32": 1e-5}  # as in the tests
-OTHERS = [((2048, 640, 2560), "bf16"), ((2048, 640, 2560), "fp32")]
+OTHERS = [((2048, 640, 2560), "bf16"), ((2048, 640, 2560), "fp32"), ((2000, 1000, 1001), "fp16")]
 GATES = [((8192, 1280), "fp16"), ((2048, 2560), "bf16"), ((512, 5120), "fp32")]  # rows, C: without a product
 
 
@@ -20,8 +20,9 @@ def _linear_case(shape, where, dtype="fp16") -> KernelCase:
     numbers = {"M": m, "N": n, "K": k, "stride_xm": k, "stride_wn": k}
     given = specialized(dict.fromkeys(names, f"*{dtype}"), numbers, ["M"])
     given["constexprs"]["ACC"] = tl.float32
-    found = [{"targets": (t,), "EVEN": k % config["BLOCK_K"] == 0} | config
-             for t in TARGETS for config in configs(DTYPES[dtype], t)]  # fmt: skip
+    even = k % 64 == 0
+    found = [{"targets": (t,), "EVEN": even} | config
+             for t in TARGETS for config in configs(DTYPES[dtype], t, even)]  # fmt: skip
     return KernelCase(
         name="/".join(["geglu", f"k{k}", f"n{n}", f"m{m}"] + [dtype] * (dtype != "fp16")),
         kernel=_geglu_linear,
@@ -31,7 +32,7 @@ def _linear_case(shape, where, dtype="fp16") -> KernelCase:
         dtype=dtype,
         where=where,
         make_inputs=lambda device: _inputs((m, k, n), dtype, device),
-        tiny_inputs=lambda device: _inputs((70, 96, 80), dtype, device),
+        tiny_inputs=lambda device: _inputs((70, 64 + k % 64, 80), dtype, device),
         run=geglu_linear,
         reference=reference,
         flops=4 * m * n * k,

@@ -10,7 +10,7 @@ from minidiff_kernels.upsample_conv import UNSPECIALIZED, _phase_conv, configs, 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 1e-5}  # as in the tests
-OTHERS = [((1, 640, 32, 32), "bf16"), ((1, 640, 32, 32), "fp32")]
+OTHERS = [((1, 640, 32, 32), "bf16"), ((1, 640, 32, 32), "fp32"), ((1, 100, 30, 31), "fp16")]
 
 
 def _case(shape, where, dtype="fp16") -> KernelCase:
@@ -21,8 +21,9 @@ def _case(shape, where, dtype="fp16") -> KernelCase:
     names = ("x_ptr", "folded_ptr", "bias_ptr", "y_ptr")
     given = specialized(dict.fromkeys(names, f"*{dtype}"), numbers | strides, UNSPECIALIZED)
     given["constexprs"]["ACC"] = tl.float32
-    found = [{"targets": (t,), "EVEN": channels % config["BLOCK_K"] == 0} | config
-             for t in TARGETS for config in configs(DTYPES[dtype], t)]  # fmt: skip
+    even = channels % 64 == 0
+    found = [{"targets": (t,), "EVEN": even} | config
+             for t in TARGETS for config in configs(DTYPES[dtype], t, even)]  # fmt: skip
     itemsize = DTYPES[dtype].itemsize
     name = ["upsample_conv", f"c{channels}", f"{height}x{width}", f"b{batch}"]
     return KernelCase(
@@ -34,7 +35,7 @@ def _case(shape, where, dtype="fp16") -> KernelCase:
         dtype=dtype,
         where=where,
         make_inputs=lambda device: _inputs(shape, dtype, device),
-        tiny_inputs=lambda device: _inputs((1, 96, 5, 7), dtype, device),
+        tiny_inputs=lambda device: _inputs((1, 64 + channels % 64, 5, 7), dtype, device),
         run=upsample_conv,
         reference=reference,
         flops=32 * batch * pixels * channels**2,
