@@ -6,7 +6,15 @@ import triton.language as tl
 
 from minidiff_kernels.case import TARGETS, KernelCase, specialized
 from minidiff_kernels.shapes import UPSAMPLE_CONV
-from minidiff_kernels.upsample_conv import UNSPECIALIZED, _phase_conv, configs, fold, upsample_conv
+from minidiff_kernels.upsample_conv import (
+    FOLD_BLOCK,
+    UNSPECIALIZED,
+    _fold,
+    _phase_conv,
+    configs,
+    fold,
+    upsample_conv,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 1e-5}  # as in the tests
@@ -46,6 +54,19 @@ def _case(shape, where, dtype="fp16") -> KernelCase:
     )
 
 
+def _fold_case(channels, dtype="fp16", last=False) -> KernelCase:
+    """The kernel that folds weights, which runs before the others; it is only compiled."""
+    numbers = {"pairs": channels**2, "K": channels}
+    strides = (9 * channels, 1, 3 * channels, channels) if last else (9 * channels, 9, 3, 1)
+    numbers |= {f"stride_{axis}": stride for axis, stride in zip("nkyx", strides, strict=True)}
+    given = specialized(dict.fromkeys(("w_ptr", "folded_ptr"), f"*{dtype}"), numbers)
+    given["constexprs"]["ACC"] = tl.float32
+    others = [dtype] * (dtype != "fp16") + ["channels_last"] * last
+    return KernelCase(name="/".join(["upsample_conv", f"c{channels}", "fold", *others]), kernel=_fold,
+                      configs=[{"BLOCK": FOLD_BLOCK}], op="upsample_conv", dtype=dtype,
+                      shape=(channels, channels, 3, 3), **given)  # fmt: skip
+
+
 def _inputs(shape, dtype, device):
     """x in channels_last; weights as large as those of trained layers: results deviate by about 1."""
     channels = shape[1]
@@ -65,4 +86,7 @@ def reference(x, weight, bias, folded=None) -> torch.Tensor:
 CASES = [
     *(_case(shape, where) for shape, where in UPSAMPLE_CONV.items()),
     *(_case(shape, "", dtype) for shape, dtype in OTHERS),
+    *(_fold_case(channels) for channels in sorted({shape[1] for shape in UPSAMPLE_CONV})),
+    *(_fold_case(shape[1], dtype) for shape, dtype in OTHERS),
+    _fold_case(640, last=True),
 ]
