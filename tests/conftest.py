@@ -31,6 +31,26 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
 
 
+@pytest.fixture
+def run(capsys):
+    """Runs a command line: run(*words) -> (exit status, lines of stdout, lines of stderr)."""
+    from minidiff.cli import main
+
+    def run(*words):
+        status = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--worst", action="store_true", help="print the worst difference that each file's tests met"

@@ -21,6 +21,7 @@ from minidiff.cli import _parser, main, pictures
 
 ROOT = Path(minidiff.__file__).parent.parent
 PROMPT = "a red ball"
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +38,6 @@ def sd(folders):
 @pytest.fixture
 def ddpm(folders):
     return str(folders[1])
-
-
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command line: run(*words) -> (exit status, lines of stdout, lines of stderr)."""
-
-    def run(*words):
-        status = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return status, captured.out.splitlines(), captured.err.splitlines()
-
-    return run
 
 
 def generate(run, sd, *words):

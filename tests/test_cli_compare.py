@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tiny_pipelines import generator, write_ddpm, write_stable_diffusion
 
 import minidiff
-from minidiff.cli import compare, drawing, main, sheet
+from minidiff.cli import compare, drawing, sheet
 
 PROMPT = "a red ball"
+pytestmark = pytest.mark.usefixtures("working_folder")
 ALL = sorted(drawing.scheduler_names())
 
 
@@ -28,23 +29,6 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def sd(folders):
     return folders[0]
-
-
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command line: run(*words) -> (exit status, lines of stdout, lines of stderr)."""
-
-    def run(*words):
-        status = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return status, captured.out.splitlines(), captured.err.splitlines()
-
-    return run
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ import minidiff
 
 COMMANDS = {  # name -> what it does; the module is minidiff.cli.NAME
     "generate": "draw pictures of a text",
+    "img2img": "draw a picture again as a text says",
+    "inpaint": "paint a part of a picture anew as a text says",
+    "interpolate": "draw the way from one text and seed to another, as an animation",
     "sample": "draw pictures without a text",
     "compare": "draw a contact sheet: a prompt by many samplers, in different numbers of steps",
     "samplers": "list the samplers and how fast they converge, and plot it",
@@ -38,9 +41,22 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all errors here, without the whole usage in front."""
 
+    _between = False
+
     def error(self, message):
         """Raises UsageError, which main prints."""
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but options may stand between several words: `img2img a.png --steps 9 "a cube"`."""
+        words = self._get_positional_actions()
+        if self._between or len(words) < 2:
+            return super().parse_known_args(args, namespace)
+        self._between = True  # what follows comes back to this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._between = False
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What `minidiff generate`, `sample` and `compare` share: arguments, settings, a pipeline that is ready."""
+"""What the commands that draw share: arguments, settings, a pipeline that is ready."""
 
 import argparse
 import contextlib
@@ -20,6 +20,9 @@ PIPELINES = {
     "generate": FROM_TEXT,
     "sample": ("DDPMPipeline", "UNet2DModel"),
     "compare": FROM_TEXT,
+    "interpolate": FROM_TEXT,
+    "img2img": ("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel"),
+    "inpaint": ("StableDiffusionInpaintPipeline", "UNet2DConditionModel"),
 }
 
 
@@ -70,49 +73,63 @@ def _shorten(name):
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, defaults: dict):
-    """What `generate` and `sample` have; arguments left out are None, so that --like may fill them in."""
-    schedulers = [OWN, *scheduler_names()]
-    group = parser.add_argument_group("how it is drawn (in brackets: if left out)")
-    own = f"{', '.join(schedulers)}; own is what the checkpoint comes with ({defaults['scheduler']})"
-    group.add_argument("--scheduler", metavar="X", help=own, type=scheduler_name, choices=schedulers)
-    steps = f"how many steps from noise to picture ({defaults['steps']})"
-    group.add_argument("--steps", metavar="X", help=steps, type=whole_number(1))
+    """What those have that draw `count` pictures; arguments left out are None, so that --like may fill them
+    in.
+    """
+    group = add_sampler_arguments(parser, defaults)
     add_common_arguments(group, defaults, "of the first picture; the next count on (by chance)")
     group = parser.add_argument_group("how many pictures, and where")
     group.add_argument("--count", type=whole_number(1), default=1, metavar="X", help="how many (1)")
     add_file_arguments(group)
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, defaults: dict):
-    """What the commands have that draw pictures of a text."""
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+def add_sampler_arguments(parser: argparse.ArgumentParser, defaults: dict):
+    """The scheduler and its steps, in a group to which more may be added."""
+    schedulers = [OWN, *scheduler_names()]
+    group = parser.add_argument_group("how it is drawn (in brackets: if left out)")
+    own = f"{', '.join(schedulers)}; own is what the checkpoint comes with ({defaults['scheduler']})"
+    group.add_argument("--scheduler", metavar="X", help=own, type=scheduler_name, choices=schedulers)
+    steps = f"how many steps from noise to picture ({defaults['steps']})"
+    group.add_argument("--steps", metavar="X", help=steps, type=whole_number(1))
+    return group
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, defaults: dict, size: str = "as in training"):
+    """What the commands have that draw pictures of a text; size: what theirs is if none is given."""
+    if "prompt_b" in defaults:
+        parser.add_argument("prompt", nargs="?", metavar="PROMPT_A", help="what to draw first")
+        parser.add_argument("prompt_b", nargs="?", metavar="PROMPT_B", help="what to draw last")
+    else:
+        parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
     guidance = f"how closely to follow the prompt, from 1 on ({defaults['guidance']})"
     parser.add_argument("--guidance", type=number, metavar="X", help=guidance)
     for side in ("height", "width"):
         pixels = whole_number(8, 4096, multiple=8)
         parser.add_argument(
-            f"--{side}", type=pixels, metavar="X", help="in pixels, a multiple of 8 (as in training)"
+            f"--{side}", type=pixels, metavar="X", help=f"in pixels, a multiple of 8 ({size})"
         )
 
 
-def add_common_arguments(group, defaults: dict, seed: str):
-    """What all three have in common: the checkpoint, the seed (with its help) and what computes."""
+def add_common_arguments(group, defaults: dict, seed: str | None = None):
+    """What all have in common: the checkpoint, the seed (if there is one, with its help), what computes."""
 
     def add(name, what, **options):
         group.add_argument(f"--{name}", metavar="X", help=what, **options)
 
     where = "scenes, scenes-ddpm, a folder, or the id of a repository"
     add("checkpoint", f"{where} ({defaults['checkpoint']})")
-    add("seed", seed, type=whole_number(0, 2**63))
+    if seed is not None:
+        add("seed", seed, type=whole_number(0, 2**63))
     add("device", "cpu, cuda, cuda:1, mps, ... (cuda, or cpu where that is missing)")
     add("dtype", f"{', '.join(DTYPES)} ({defaults['dtype']})", choices=DTYPES)
     add("threads", "on a CPU; last bits depend on them (torch's choice)", type=whole_number(1, 1024))
 
 
-def add_file_arguments(group):
+def add_file_arguments(
+    group, where="a .png, which is replaced, or a folder for new files (the working folder)"
+):
     """Where pictures go, and where settings come from."""
-    where = "a .png, which is replaced, or a folder for new files (the working folder)"
     like = "a picture whose settings count where none are given: alone, it is drawn again"
     group.add_argument("--out", metavar="PATH", help=where)
     group.add_argument("--like", metavar="PNG", help=like)
@@ -136,6 +153,31 @@ def number(text):
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return value
+
+
+def positive_number(text):
+    """A parser of numbers above 0 for argparse."""
+    if number(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number(text)
+
+
+def share(text):
+    """A parser of numbers from 0 to 1 for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def check_strength(settings: dict):
+    """Raises ValueError, before torch is there, for a strength that leaves no step, or is damaged."""
+    strength, steps = settings["strength"], settings["steps"]
+    if not 0 <= strength <= 1 or int(steps * strength) < 1:
+        raise ValueError(
+            f"--strength {strength:g} leaves none of {steps} steps; it must be from {1 / steps:g} to 1, "
+            "or --steps larger"
+        )
 
 
 def settle(args: argparse.Namespace, command: str, defaults: dict) -> dict:
