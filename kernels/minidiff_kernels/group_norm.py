@@ -47,7 +47,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minidiff_kernels.launch import check_tensors, differentiable, on_device, sum_dtype
+from minidiff_kernels.launch import check_shapes, check_tensors, differentiable, on_device, sum_dtype
 
 ONE_BLOCK = (
     32768  # numbers of a group, padded to powers of two, that one block keeps: 64 registers in 512 threads
@@ -83,15 +83,8 @@ def group_norm(x, num_groups, weight, bias, eps, silu=False, temb=None) -> torch
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm: {channels} channels can't be split into {num_groups} groups; "
                          "num_groups must divide the channels")  # fmt: skip
-    fitting = {
-        "weight": (weight, (channels,)),
-        "bias": (bias, (channels,)),
-        "temb": (temb, (batch, channels)),
-    }
-    for name, (tensor, shape) in fitting.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"group_norm: {name} has shape {tuple(tensor.shape)}; expected {shape} for x of "
-                             f"shape {tuple(x.shape)}")  # fmt: skip
+    one = (channels,)
+    check_shapes("group_norm", weight=(weight, one), bias=(bias, one), temb=(temb, (batch, channels)))
 
     def launch(x, weight, bias, temb):
         return _launch(x, num_groups, weight, bias, float(eps), silu, temb)
@@ -142,9 +135,8 @@ def _launch(x, num_groups, weight, bias, eps, silu, temb):
                                                    EPS=eps, SILU=silu, **tile)  # fmt: skip
             return y
         chunks = triton.cdiv(pixels, cut.chunk_pixels)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        moments = torch.empty(2, batch, chunks, channels, dtype=wide, device=x.device)
-        table = torch.empty(batch, 3, channels, dtype=wide, device=x.device)
+        moments = x.new_empty((2, batch, chunks, channels), dtype=torch.promote_types(x.dtype, torch.float32))
+        table = moments.new_empty((batch, 3, channels))
         grid = (batch * triton.cdiv(channels, cut.BLOCK_C), chunks)
         _moments[grid](x, *moments, cut.chunk_pixels, channels, pixels, *strides[:3], **tile)
         _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, per_group, chunks,
@@ -171,8 +163,12 @@ def _flat(x, pixels):
 
 
 @triton.jit
-def _silu(y):
-    return y / (1.0 + tl.exp(-y))
+def _load_or(default: tl.constexpr, ptr, at, inside, ACC: tl.constexpr):
+    # What is at ptr + at, or default everywhere if ptr is None.
+    if ptr is None:
+        return tl.full(at.shape, default, ACC)
+    else:
+        return tl.load(ptr + at, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -191,18 +187,15 @@ def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, channels, pixe
     x_ptr += b * stride_xb + first_channel.to(tl.int64) * stride_xc
     x = tl.load(x_ptr + n * stride_xn + (j * stride_xc)[None, :], mask=inside, other=0.0).to(ACC)
     x -= tl.load(x_ptr).to(ACC)  # exact near the mean: from here on small numbers
-    if temb_ptr is not None:
-        x += tl.load(temb_ptr + b * channels + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
+    x += _load_or(0.0, temb_ptr, b * channels + c, j < PER_GROUP, ACC)[None, :]
     size = tl.cast(pixels * PER_GROUP, ACC)
     x -= tl.sum(tl.sum(tl.where(inside, x, 0.0), 1), 0) / size
     variance = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), 1), 0) / size
     y = x * (1.0 / tl.sqrt(variance + EPS))
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + c, mask=j < PER_GROUP, other=0.0).to(ACC)[None, :]
+    y *= _load_or(1.0, weight_ptr, c, j < PER_GROUP, ACC)[None, :]
+    y += _load_or(0.0, bias_ptr, c, j < PER_GROUP, ACC)[None, :]
     if SILU:
-        y = _silu(y)
+        y = y / (1.0 + tl.exp(-y))
     y_ptr += b * stride_yb + first_channel.to(tl.int64) * stride_yc
     tl.store(y_ptr + n * stride_yn + (j * stride_yc)[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -263,26 +256,22 @@ def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_
     x_ptr += b * stride_xb
     mean_ptr += b * chunks * channels
     squares_ptr += b * chunks * channels
-    temb_at = temb_ptr
-    if temb_ptr is not None:
-        temb_at += b * channels
+    row = b * channels  # of temb
     origin = tl.load(x_ptr + first_channel.to(tl.int64) * stride_xc).to(ACC)
     size = (pixels * per_group).to(ACC)
     sums = tl.zeros((BLOCK,), ACC)
     for start in range(0, chunks * per_group, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
+        at, count, distance = _part(start + tl.arange(0, BLOCK), x_ptr, mean_ptr, temb_ptr, row, origin,
+                                    first_channel, per_group, chunks, chunk_pixels, channels, pixels,
+                                    stride_xc, ACC)  # fmt: skip
         sums += distance * (count / size)
     mean = tl.sum(sums, 0)
     sums = tl.zeros((BLOCK,), ACC)
     for start in range(0, chunks * per_group, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        c, count, distance = _part(i, x_ptr, mean_ptr, temb_at, origin, first_channel, per_group, chunks,
-                                   chunk_pixels, channels, pixels, stride_xc, ACC)  # fmt: skip
-        within = tl.load(
-            squares_ptr + (i // per_group) * channels + c, mask=i < chunks * per_group, other=0.0
-        )
+        at, count, distance = _part(start + tl.arange(0, BLOCK), x_ptr, mean_ptr, temb_ptr, row, origin,
+                                    first_channel, per_group, chunks, chunk_pixels, channels, pixels,
+                                    stride_xc, ACC)  # fmt: skip
+        within = tl.load(squares_ptr + at, mask=count > 0.0, other=0.0)
         sums += within + count * (distance - mean) * (distance - mean)
     rstd = 1.0 / tl.sqrt(tl.sum(sums, 0) / size + EPS)
     high = origin + mean
@@ -291,36 +280,29 @@ def _tables(x_ptr, mean_ptr, squares_ptr, table_ptr, weight_ptr, bias_ptr, temb_
     for start in range(0, per_group, BLOCK):
         i = start + tl.arange(0, BLOCK)
         c = first_channel + i
-        center = high + tl.zeros((BLOCK,), ACC)
-        rest = low + tl.zeros((BLOCK,), ACC)
-        if temb_ptr is not None:
-            temb = tl.load(temb_at + c, mask=i < per_group, other=0.0).to(ACC)
-            center = high - temb
-            rest += (high - center) - temb
-        scale = rstd + tl.zeros((BLOCK,), ACC)
-        if weight_ptr is not None:
-            scale *= tl.load(weight_ptr + c, mask=i < per_group, other=0.0).to(ACC)
-        shift = -rest * scale
-        if bias_ptr is not None:
-            shift += tl.load(bias_ptr + c, mask=i < per_group, other=0.0).to(ACC)
+        temb = _load_or(0.0, temb_ptr, row + c, i < per_group, ACC)
+        center = high - temb
+        rest = low + ((high - center) - temb)
+        scale = rstd * _load_or(1.0, weight_ptr, c, i < per_group, ACC)
+        shift = _load_or(0.0, bias_ptr, c, i < per_group, ACC) - rest * scale
         tl.store(table_ptr + c, center, mask=i < per_group)
         tl.store(table_ptr + channels + c, scale, mask=i < per_group)
         tl.store(table_ptr + 2 * channels + c, shift, mask=i < per_group)
 
 
 @triton.jit
-def _part(i, x_ptr, mean_ptr, temb_ptr, origin, first_channel, per_group, chunks, chunk_pixels, channels,
-          pixels, stride_xc, ACC: tl.constexpr):  # fmt: skip
-    # Part i of a group is one channel of one chunk: the channel, its pixels, its mean's distance from origin.
+def _part(i, x_ptr, mean_ptr, temb_ptr, row, origin, first_channel, per_group, chunks,
+          chunk_pixels, channels, pixels, stride_xc, ACC: tl.constexpr):  # fmt: skip
+    # Part i of a group is one channel of one chunk: where it is, its pixels, its mean's distance from origin.
     valid = i < chunks * per_group
     chunk = i // per_group
     c = first_channel + i % per_group
     count = tl.where(valid, tl.minimum(chunk_pixels, pixels - chunk * chunk_pixels), 0).to(ACC)
     first = tl.load(x_ptr + c.to(tl.int64) * stride_xc, mask=valid, other=0.0).to(ACC)
-    distance = first - origin + tl.load(mean_ptr + chunk * channels + c, mask=valid, other=0.0)
-    if temb_ptr is not None:
-        distance += tl.load(temb_ptr + c, mask=valid, other=0.0).to(ACC)
-    return c, count, tl.where(valid, distance, 0.0)
+    at = chunk * channels + c
+    distance = first - origin + tl.load(mean_ptr + at, mask=valid, other=0.0)
+    distance += _load_or(0.0, temb_ptr, row + c, valid, ACC)
+    return at, count, tl.where(valid, distance, 0.0)
 
 
 @triton.jit
@@ -351,7 +333,7 @@ def _apply(x_ptr, y_ptr, table_ptr, chunk_pixels, channels, pixels,
         x = tl.load(x_at, mask=inside, other=0.0).to(ACC)
         y = (x - center) * scale + shift
         if SILU:
-            y = _silu(y)
+            y = y / (1.0 + tl.exp(-y))
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
         x_at += BLOCK_N * stride_xn
         y_at += BLOCK_N * stride_yn

@@ -34,6 +34,13 @@ def check_tensors(op, **tensors):
                            "TRITON_INTERPRET=1 before importing triton, to interpret on a CPU")  # fmt: skip
 
 
+def check_shapes(op, **expected):
+    """Raises ValueError unless each tensor of {name: (tensor, shape)} has its shape; None is skipped."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+
+
 def on_device(tensor):
     """A context in which kernels start on tensor's GPU, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -35,6 +35,7 @@ import triton.language as tl
 
 from minidiff_kernels.launch import (
     INTERPRETED,
+    check_shapes,
     check_tensors,
     differentiable,
     multiprocessors,
@@ -61,12 +62,8 @@ def upsample_conv(x, weight, bias=None, folded=None) -> torch.Tensor:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"upsample_conv: x {tuple(x.shape)} and weight {tuple(weight.shape)} don't fit; "
                          "expected (B, K, H, W) and (N, K, 3, 3)")  # fmt: skip
-    shapes = {"bias": (bias, weight.shape[:1]), "folded": (folded, (2, 2, 2, 2, *weight.shape[:2]))}
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"upsample_conv: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}"
-            )
+    sizes = weight.shape[:2]
+    check_shapes("upsample_conv", bias=(bias, sizes[:1]), folded=(folded, (2, 2, 2, 2, *sizes)))
     dtypes = {t.dtype for t in (x, weight, bias, folded) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"upsample_conv: the tensors are {', '.join(sorted(map(str, dtypes)))}; "
