@@ -154,12 +154,12 @@ def test_reconstruction_is_diffusers_ddim(both):
     assert_close(ours, expected, atol=1e-4)
 
 
-def check_scenes(count, steps, capsys):
+def check_scenes(count, steps, capsys, tolerance=1e-5):
     """Inverts and reconstructs rendered scenes; prints and checks mean errors, as shares of the range."""
     pipe = minidiff.StableDiffusionPipeline.from_pretrained("scenes")
     pipe.set_progress_bar_config(disable=True)
     pictures = np.stack([render(scene) for scene in held_out_scenes(count)]) / np.float32(255)  # (N, H, W, 3)
-    noise = minidiff.invert(pipe, pictures, num_inference_steps=steps)
+    noise = minidiff.invert(pipe, pictures, num_inference_steps=steps, tolerance=tolerance)
     back = minidiff.reconstruct(pipe, noise, num_inference_steps=steps, output_type="np")
     x = like(2 * pictures.transpose(0, 3, 1, 2) - 1, noise)
     with torch.no_grad():
@@ -175,8 +175,9 @@ def check_scenes(count, steps, capsys):
     assert 0.7 < noise.std() < 1.2
 
 
+@pytest.mark.slow
 def test_rendered_scenes_come_back(capsys):
-    check_scenes(1, 8, capsys)
+    check_scenes(1, 8, capsys, tolerance=1e-3)
 
 
 @pytest.mark.slow
