@@ -2,7 +2,7 @@
 
     python notebooks/build.py                 # all of them, then notebooks/minidiff.html
     python notebooks/build.py 01 03           # these alone, no page
-    python notebooks/build.py --page          # the page alone, from the outputs that are there
+    python notebooks/build.py --page          # sets links and writes the page, from outputs that are there
 
 A notebook is written back only after it has run to its end. What would differ from run to run (times,
 progress bars, versions of the kernel) is left out. Links to the library, [`name`](../minidiff/x.py#L1),
@@ -98,17 +98,21 @@ def relink(text: str) -> str:
     return LINK.sub(at_its_line, text)
 
 
-def run(path: Path):
-    """Executes one notebook and writes it back; says how long it took and how large it is."""
-    start = time.perf_counter()
-    notebook = execute(path)
+def write(path: Path, notebook) -> int:
+    """Writes a notebook with its links set right; its size in bytes."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source)
     text = nbformat.writes(notebook) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    size = len(text.encode())
+    return len(text.encode())
+
+
+def run(path: Path):
+    """Executes one notebook and writes it back; says how long it took and how large it is."""
+    start = time.perf_counter()
+    size = write(path, execute(path))
     print(f"{path.name}: {time.perf_counter() - start:.0f} s, {size / 1000:.0f} kB", flush=True)
     if size > MOST_BYTES:
         raise SystemExit(f"{path.name} has {size} bytes, more than {MOST_BYTES}: show smaller pictures")
@@ -198,10 +202,14 @@ def main():
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="starts of names, such as 01; all notebooks if left out")
-    parser.add_argument("--page", action="store_true", help="write the page from the outputs that are there")
+    help_ = "set links and write the page, from the outputs that are there"
+    parser.add_argument("--page", action="store_true", help=help_)
     args = parser.parse_args()
-    for path in [] if args.page else notebooks(args.names):
-        run(path)
+    for path in notebooks(args.names):
+        if args.page:
+            write(path, nbformat.read(path, as_version=4))
+        else:
+            run(path)
     if args.page or not args.names:
         write_page(notebooks())
 

@@ -58,6 +58,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # of several processes, each for one core
+        parity.torch.set_num_threads(1)
+    elif config.getoption("--worst") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--worst counts in one process: add -n 0")
     if config.getoption("--worst"):  # before the tests import it by name
         parity.assert_close = recording(parity.assert_close)
         parity.record = lambda difference, tolerance, allowed: relative[test_file(), tolerance].append(

@@ -63,6 +63,7 @@ def test_every_picture_is_the_pipelines_at_the_same_seed(run, sd, drawn):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
 def test_the_calls_in_a_caption_are_the_unets_own(run, sd, drawn, monkeypatch, name):
     seen = []
     forward = minidiff.UNet2DConditionModel.forward

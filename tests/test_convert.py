@@ -67,6 +67,7 @@ def without_prefix(tensors):
 
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_every_tensor_equals_that_of_diffusers_conversion(original, run, tmp_path, kind, ending):
     folder, path = original(kind, ending)
     status, out, err = run("convert", path, tmp_path / "ours", "--config", folder)

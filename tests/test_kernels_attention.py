@@ -149,6 +149,7 @@ MASKS = {  # shapes that broadcast to (B, heads, T, S)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.int64], ids=str)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", [(2, 3, 70, 77, 40), (2, 2, 70, 130, 16)], ids=str)
+@pytest.mark.slow
 def test_masks_equal_the_formula(shape, kind, dtype):
     q, k, v = qkv(shape)
     mask = torch.randn(MASKS[kind](*shape[:4]), dtype=torch.float64)

@@ -99,6 +99,7 @@ def test_a_notebook_runs_and_shows_what_it_showed(path):
         assert kinds(cell) == kinds(before), cell.source
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_notebook_and_asks_nobody(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "PAGE", tmp_path / "minidiff.html")
     build.write_page(NOTEBOOKS)

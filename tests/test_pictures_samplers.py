@@ -142,6 +142,7 @@ def test_every_sampler_draws_diffusers_picture(tiny, name, guidance_scale):
 
 
 @pytest.mark.parametrize("name, config", KARRAS + TRAILING + SOLVERS)
+@pytest.mark.slow
 def test_every_option_draws_diffusers_picture(tiny, name, config):
     switch(tiny, name, **config)
     assert_same_pictures(tiny, PROMPT, atol=PIXEL)

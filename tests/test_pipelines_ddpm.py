@@ -73,6 +73,7 @@ def test_a_scheduler_without_randomness_works_too(ddpm):
 
 @pytest.mark.parametrize("clipped", [None, True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_ddim_draws_the_same_pictures(ddim, eta, clipped):
     assert_same_pictures(ddim, eta=eta, use_clipped_model_output=clipped, batch_size=2)
     assert_same_pictures(ddim, [5, 6], eta=eta, use_clipped_model_output=clipped, batch_size=2)

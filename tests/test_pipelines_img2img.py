@@ -76,6 +76,7 @@ def embeddings(count, seed=0):
 
 @pytest.mark.parametrize("strength", [0.17, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_every_sampler_draws_diffusers_picture_at_every_strength(both, name, strength):
     switch(both, name)
     assert_same_pictures(both, strength=strength)
@@ -317,7 +318,7 @@ def test_an_old_schedulers_config_is_repaired_as_in_diffusers(both):
         assert repaired.steps_offset == 1 and repaired.clip_sample is False
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None])
 def test_a_strength_outside_0_to_1_is_refused(both, strength):
     with pytest.raises(ValueError, match=r"strength is \S+; it must be in \[0, 1\]"):
         both[0](PROMPT, IMAGE, strength)

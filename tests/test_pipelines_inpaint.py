@@ -98,6 +98,7 @@ def embeddings(count, seed=0):
 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 1.0])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_every_sampler_draws_diffusers_picture_at_every_strength(both, name, strength):
     switch(both, name)
     assert_same_pictures(both, strength=strength)
