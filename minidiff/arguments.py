@@ -53,9 +53,9 @@ def refuse_timesteps_beside(config, options):
 
 
 def share(value, name: str):
-    """ValueError if value, a share of something, is not within 0 and 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it must be in [0, 1]")
+    """ValueError if value, a share of something, is no number within 0 and 1."""
+    if isinstance(value, str) or value is None or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}; it must be in [0, 1]")
 
 
 def positive(value, name: str):

@@ -134,6 +134,10 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):  # nobody knows that name
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):  # an error of the block is the one to report
             temporary.unlink()

@@ -8,6 +8,7 @@ import pytest
 
 from minidiff import CheckpointError
 from minidiff.checkpoints import hub, layout
+from minidiff.config import replacing
 
 
 @pytest.mark.parametrize("name", ["../x.json", "/etc/passwd", "a/../../x", "a\\..\\x", "x\0.json", ".."])
@@ -164,6 +165,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_an_error_names_the_file_and_not_its_temporary_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a.txt") as temporary:
+        temporary.read_text()
+    assert caught.value.filename == str(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a.txt"):
+        (tmp_path / "b.txt").read_text()
+    assert str(caught.value.filename) == str(tmp_path / "b.txt")
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path):

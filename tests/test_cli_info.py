@@ -208,6 +208,12 @@ def test_a_pickled_single_file_is_not_opened(run, tmp_path):
     assert status == 0 and "pickled: not opened; minidiff convert reads it" in out
 
 
+def test_a_picture_is_no_checkpoint(run, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    status, _, err = run(tmp_path / "x.png")
+    assert status == 2 and "x.png is neither a .safetensors file nor one of torch.save" in err
+
+
 def test_other_files_are_refused_by_name(run, tmp_path):
     write_safetensors({"a.lora_up.weight": (torch.float32, [4, 4])}, tmp_path / "lora.safetensors")
     status, _, err = run(tmp_path / "lora.safetensors")

@@ -233,7 +233,7 @@ def make_inputs():
         (["inpaint", "a.png", "alpha.png", PROMPT], "alpha.png has an alpha channel"),
         (["inpaint", "a.png", "cut.png", PROMPT], "cut.png: this is no picture"),
         (["inpaint", "a.png", "tall.png", PROMPT], "16 x 16 pixels and tall.png has 16 x 24 pixels"),
-        (["inpaint", "a.png", "black.png", PROMPT], "black.png is black, so nothing would be painted"),
+        (["inpaint", "a.png", "black.png", PROMPT], "black.png has nothing white, so nothing"),
         ([*ANEW, "--strength", "1.1"], "argument --strength: '1.1' is not a number from 0 to 1"),
         ([*ANEW, "--strength", "-1"], "argument --strength: '-1' is not a number from 0 to 1"),
         ([*ANEW, "--strength", "nan"], "argument --strength: 'nan' is not a number from 0 to 1"),

@@ -103,6 +103,7 @@ DISTILLED = ("LCMScheduler", "TCDScheduler")
 LIMITED = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", *DISTILLED)
 FALLING = ("DDPMScheduler", *DISTILLED)
 SHIFTED = ("UniPCMultistepScheduler", MULTISTEP, SINGLESTEP, "DEISMultistepScheduler")
+LEADING = tuple(n for n in SPACED if n not in (*LIMITED, SINGLESTEP))
 LAST_IF_UNKNOWN = (*SHIFTED, "EDMDPMSolverMultistepScheduler")
 
 WRONG = [  # what is wrong, what our sentence says, the schedulers that take it, how to do it
@@ -150,6 +151,9 @@ WRONG = [  # what is wrong, what our sentence says, the schedulers that take it,
     ("more steps than a strength leaves", "0.1", DISTILLED, spaced(10, strength=0.1)),
     ("more original steps than were trained", "2000", ("LCMScheduler",),
      spaced(4, original_inference_steps=2000)),
+    ("more leading steps than timesteps", "is 1500; .* at most (100|99|1000|999)$", LEADING,
+     spaced(1500, config={"timestep_spacing": "leading"})),
+    ("a ramp beyond its ends", "from 0 .* to 1", ("EDMEulerScheduler",), spaced(sigmas=[10.0, 1.0, 0.0])),
     ("rising timesteps", "1, 5", FALLING, spaced(timesteps=[1, 5])),
     ("repeated timesteps", "5, 5", FALLING, spaced(timesteps=[9, 5, 5])),
     ("timesteps past the training", "1000", FALLING, spaced(timesteps=[1000, 5])),
@@ -199,6 +203,8 @@ OURS_ALONE = {
      if n not in (*LIMITED, "PNDMScheduler", "HeunDiscreteScheduler", SINGLESTEP)),
     "less than no steps": ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"),
     "steps of a half": ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"),
+    "more leading steps than timesteps": LEADING,
+    "a ramp beyond its ends": ("EDMEulerScheduler",),
     "a step after the last": (*(n for n in TWO_CALLS if n in COUNTING), *DISTILLED),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TABLE = 1e-6  # torch's float32 square root is off by one bit in 0.7 % of the cases: 1.2e-7
 STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 61, 77, 100, 103, 250, 333, 500, 600, 999, 1000)
 FEW_STEPS = tuple(n for n in STEPS if n <= 100)
+MULTISTEP = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler")
 
 
 def assert_same_schedule(ours, theirs, rtol=TABLE):
@@ -133,6 +134,8 @@ def test_the_schedule_equals_diffusers_for_any_number_of_steps(name, spacing, of
             continue  # too few for Runge-Kutta: refused by both
         if n > 50 and name in ("LCMScheduler", "TCDScheduler"):
             continue  # more than were distilled: refused by both
+        if n == len(ours) and spacing == "leading" and name in MULTISTEP:
+            continue  # one too many, all timesteps alike: refused here, an error after the last step there
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
         assert_same_schedule(ours, theirs)

@@ -182,7 +182,8 @@ class PickleFile:
                                   "run any program; ask its author for safetensors") from error  # fmt: skip
         except _DAMAGED as error:
             why = str(error).partition("\n")[0]
-            raise CheckpointError(f"{self.path} is damaged or no file of torch.save ({why})") from error
+            why = "" if why.isdigit() else f" ({why})"  # a number is a byte of no pickle
+            raise CheckpointError(f"{self.path} is damaged or no file of torch.save{why}") from error
         # training checkpoints hold the weights in state_dict
         tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
         if not isinstance(tensors, dict):

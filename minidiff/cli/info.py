@@ -90,6 +90,9 @@ def run(args):
 def _run_single(path):
     """The same for a file that holds all parts, in the original layout."""
     if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            if not file.read(2).startswith((b"PK", b"\x80")):  # torch.save writes zip files; before, pickles
+                raise ValueError(f"{path} is neither a .safetensors file nor one of torch.save")
         print(f"{path}: pickled: not opened; minidiff convert reads it, and runs nothing that it may hold")
         return
     tensors = headers.read_header(path)

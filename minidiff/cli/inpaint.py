@@ -47,7 +47,7 @@ def run(args):
         raise ValueError(f"{' and '.join(sizes)}; make them equal")
     if mask.getextrema()[1] < 128:
         raise ValueError(
-            f"{settings['mask']} is black, so nothing would be painted; make white what should be"
+            f"{settings['mask']} has nothing white, so nothing would be painted; make white what should be"
         )
     options = {"image": fitted(picture, args, settings), "mask_image": fitted(mask, args, settings)}
     options |= {name: settings[name] for name in ("prompt", "height", "width", "strength")}

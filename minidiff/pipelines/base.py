@@ -255,7 +255,10 @@ class DiffusionPipeline:
 
     @property
     def backend(self) -> str:
-        """Which version of attention and group norm the models run, such as "torch"; all, if several."""
+        """Which version of attention and group norm the models run, such as "torch"; all, if several.
+
+        `minidiff.ops.use_backend(pipe.unet, attention="reference")` chooses another.
+        """
         layers = [layer for model in self.models for layer in model.modules()]
         used = {layer.backend for layer in layers if getattr(layer, "op", None) in backends.FOLLOWING}
         return ", ".join(sorted(used))

@@ -69,8 +69,8 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         The scheduler must have its timesteps already; it will begin there. device is not used. ValueError for
         a strength outside [0, 1], or one that leaves no step.
         """
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; it must be in [0, 1]")
+        if isinstance(strength, str) or strength is None or not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength!r}; it must be in [0, 1]")
         left = int(num_inference_steps * strength)
         # steps of two timesteps (Heun, KDPM2) are counted once, but those of a list of timesteps are not
         start = (num_inference_steps - left) * self.scheduler.order

@@ -88,6 +88,8 @@ class EDMEulerScheduler(PreconditionedScheduler, EulerDiscreteScheduler):
         exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas)
         n = num_inference_steps
         ramp = number_list(sigmas, "sigmas") if n is None else np.linspace(0, 1, self._check_steps(n))
+        if ramp.min() < 0 or ramp.max() > 1:
+            raise ValueError(f"sigmas is {sigmas!r}; it must be a ramp from 0 (sigma_max) to 1 (sigma_min)")
         self._set_ramp(ramp)
         self.num_inference_steps = len(ramp)
 

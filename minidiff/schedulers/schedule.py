@@ -100,6 +100,9 @@ def space_timesteps(spacing: str, n_train: int, n: int, steps_offset: int, skip_
             return timesteps[:n]
         timesteps = timesteps.round()
     elif spacing == "leading":
+        if points > end and n > 1:  # all would be the same: no step would lead anywhere
+            most = f"timestep_spacing 'leading' takes at most {end - skip_last}"
+            raise ValueError(f"num_inference_steps is {n}; {most}")
         timesteps = np.arange(points)[::-1] * (end // points) + steps_offset
     elif spacing == "trailing":
         return np.arange(end, 0, -n_train / n).round().astype(np.int64) - 1
