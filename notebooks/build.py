@@ -25,6 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER / "minidiff.html"
 SECONDS = 60  # that a notebook may take, on two cores
 MOST_BYTES = 500_000
+WIDGET = "application/vnd.jupyter.widget-view+json"
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>\.\./[\w/.]+\.py)#L(?P<line>\d+)\)")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?![\w$])", re.DOTALL)
 
@@ -60,8 +61,12 @@ def clean(notebook):
             continue
         count += 1
         cell.execution_count = count
-        # progress bars and warnings of other libraries
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        # progress bars and warnings of other libraries, which are widgets where ipywidgets is installed
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("name") != "stderr" and WIDGET not in output.get("data", ())
+        ]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -207,7 +212,7 @@ def main():
     args = parser.parse_args()
     for path in notebooks(args.names):
         if args.page:
-            write(path, nbformat.read(path, as_version=4))
+            write(path, clean(nbformat.read(path, as_version=4)))
         else:
             run(path)
     if args.page or not args.names:

@@ -60,6 +60,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # of several processes, each for one core
         parity.torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start
     elif config.getoption("--worst") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--worst counts in one process: add -n 0")
     if config.getoption("--worst"):  # before the tests import it by name

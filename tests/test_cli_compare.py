@@ -161,7 +161,7 @@ def test_a_scheduler_of_another_kind_of_model_is_refused_with_the_reason(run, sd
 
 
 def test_a_number_of_steps_that_a_sampler_cannot_make_is_told_before_drawing(run, sd, drawn):
-    words = ["--schedulers", "unipc,ddim", "--steps", "1000"]
+    words = ["--schedulers", "ddim", "--steps", "5,1000"]
     edit = minidiff.StableDiffusionPipeline.from_pretrained(sd)
     edit.scheduler = minidiff.DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1)
     edit.save_pretrained("short")

@@ -133,7 +133,7 @@ def configs(dtype, target: str, even: bool) -> list[dict]:
     return {
         "sm_80": [blocks(128, 128, 32, 8, 4), blocks(64, 64, 64, 4, 3)],
         "sm_90": [blocks(128, 256, 64, 8, 3), blocks(128, 128, 64, 8, 3), blocks(64, 64, 64, 4, 4)],
-        "sm_100": [blocks(128, 256, 64, 8, 3), blocks(128, 128, 64, 8, 3), blocks(64, 64, 64, 4, 4)],
+        "sm_100": [blocks(128, 128, 64, 8, 3), blocks(64, 64, 64, 4, 4)],
         "gfx942": [blocks(128, 128, 64, 8, 2), blocks(64, 64, 64, 4, 2)],
     }[target]
 
