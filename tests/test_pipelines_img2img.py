@@ -9,7 +9,14 @@ import pytest
 import torch
 from parity import assert_close
 from PIL import Image
-from tiny_pipelines import BETAS, generator, load_both, write_stable_diffusion
+from tiny_pipelines import (
+    BETAS,
+    embeddings,
+    generator,
+    load_both,
+    switch,
+    write_stable_diffusion,
+)
 
 import minidiff
 from minidiff.checkpoints import hub
@@ -50,11 +57,6 @@ def both(loaded):
     return loaded
 
 
-def switch(both, name, **config):
-    for pipeline, library in zip(both, (minidiff, diffusers), strict=True):
-        pipeline.scheduler = getattr(library, name).from_config(pipeline.scheduler.config, **config)
-
-
 def assert_same_pictures(both, prompt=PROMPT, *, seeds=0, atol=PIXEL, **options):
     """Calls both with generators of the same seeds; compares pictures and where the generators stand."""
     images, states = [], []
@@ -68,10 +70,6 @@ def assert_same_pictures(both, prompt=PROMPT, *, seeds=0, atol=PIXEL, **options)
     for ours, theirs in zip(*states, strict=True):
         assert torch.equal(ours, theirs)
     return images[0]
-
-
-def embeddings(count, seed=0):
-    return torch.randn(count, 77, 32, generator=generator(seed))
 
 
 @pytest.mark.parametrize("strength", [0.17, 0.5, 0.8, 1.0])

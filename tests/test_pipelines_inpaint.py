@@ -8,7 +8,14 @@ import pytest
 import torch
 from parity import assert_close
 from PIL import Image
-from tiny_pipelines import BETAS, generator, load_both, write_stable_diffusion
+from tiny_pipelines import (
+    BETAS,
+    embeddings,
+    generator,
+    load_both,
+    switch,
+    write_stable_diffusion,
+)
 
 import minidiff
 from minidiff.checkpoints import hub
@@ -69,11 +76,6 @@ def both(request, pair):
     return pair(request.param)
 
 
-def switch(both, name, **config):
-    for pipeline, library in zip(both, (minidiff, diffusers), strict=True):
-        pipeline.scheduler = getattr(library, name).from_config(pipeline.scheduler.config, **config)
-
-
 def assert_same_pictures(both, prompt=PROMPT, *, seeds=0, atol=PIXEL, **options):
     """Calls both with generators of the same seeds; compares pictures and where the generators stand."""
     images, states = [], []
@@ -90,10 +92,6 @@ def assert_same_pictures(both, prompt=PROMPT, *, seeds=0, atol=PIXEL, **options)
     for ours, theirs in zip(*states, strict=True):
         assert torch.equal(ours, theirs)
     return images[0]
-
-
-def embeddings(count, seed=0):
-    return torch.randn(count, 77, 32, generator=generator(seed))
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 1.0])

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from parity import assert_close
-from tiny_pipelines import BETAS, generator, load_both, write_stable_diffusion
+from tiny_pipelines import (
+    BETAS,
+    embeddings,
+    generator,
+    load_both,
+    switch,
+    write_stable_diffusion,
+)
 
 import minidiff
 
@@ -34,11 +41,6 @@ def both(loaded):
     return loaded
 
 
-def switch(both, name, **config):
-    for pipeline, library in zip(both, (minidiff, diffusers), strict=True):
-        pipeline.scheduler = getattr(library, name).from_config(pipeline.scheduler.config, **config)
-
-
 def assert_same_pictures(both, *args, seed=0, generators=None, **kwargs):
     """Calls both with generators of the same seeds, and compares the pictures; returns ours."""
     images = []
@@ -50,10 +52,6 @@ def assert_same_pictures(both, *args, seed=0, generators=None, **kwargs):
     assert_close(*images, atol=PIXEL)
     assert images[0].std() > 0.05  # a picture, not a grey nothing
     return images[0]
-
-
-def embeddings(count, seed=0):
-    return torch.randn(count, 77, 32, generator=generator(seed))
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])

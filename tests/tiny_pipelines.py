@@ -145,3 +145,14 @@ def load_both(name, folder):
 def generator(seed=0):
     """A torch.Generator on the CPU."""
     return torch.Generator().manual_seed(seed)
+
+
+def switch(both, name, **config):
+    """Gives both pipelines the scheduler called name, each its library's, made from the config they have."""
+    for pipeline, library in zip(both, (minidiff, diffusers), strict=True):
+        pipeline.scheduler = getattr(library, name).from_config(pipeline.scheduler.config, **config)
+
+
+def embeddings(count, seed=0):
+    """Random texts for the tiny U-Net, (count, 77, 32)."""
+    return torch.randn(count, 77, 32, generator=generator(seed))
