@@ -10,6 +10,7 @@ from parity import assert_close
 from PIL import Image
 from tiny_pipelines import (
     BETAS,
+    assert_same_draws,
     embeddings,
     generator,
     load_both,
@@ -78,20 +79,8 @@ def both(request, pair):
 
 def assert_same_pictures(both, prompt=PROMPT, *, seeds=0, atol=PIXEL, **options):
     """Calls both with generators of the same seeds; compares pictures and where the generators stand."""
-    images, states = [], []
-    for pipeline in both:
-        own = generator(seeds) if isinstance(seeds, int) else [generator(seed) for seed in seeds]
-        defaults = {"image": IMAGE, "mask_image": MASK, "num_inference_steps": 5, "output_type": "np"}
-        images.append(pipeline(prompt, generator=own, **defaults | options).images)
-        states.append([each.get_state() for each in (own if isinstance(own, list) else [own])])
-    if isinstance(images[0], list):
-        images = [np.stack([np.array(image) for image in each]) / 255 for each in images]
-        atol = 1.01 * LEVEL  # whole levels, one apart, rounded
-    assert_close(*images, atol=atol)
-    assert images[0].std() > 0.03  # a picture, not a grey nothing
-    for ours, theirs in zip(*states, strict=True):
-        assert torch.equal(ours, theirs)
-    return images[0]
+    defaults = {"image": IMAGE, "mask_image": MASK, "num_inference_steps": 5, "output_type": "np"}
+    return assert_same_draws(both, prompt, seeds, atol, defaults | options)
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 1.0])

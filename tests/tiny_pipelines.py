@@ -3,9 +3,11 @@
 import json
 
 import diffusers
+import numpy as np
 import tokenizers
 import torch
 import transformers
+from parity import assert_close
 
 import minidiff
 
@@ -156,3 +158,23 @@ def switch(both, name, **config):
 def embeddings(count, seed=0):
     """Random texts for the tiny U-Net, (count, 77, 32)."""
     return torch.randn(count, 77, 32, generator=generator(seed))
+
+
+def assert_same_draws(both, prompt, seeds, atol, options):
+    """Calls both with generators of the same seeds; compares pictures and where the generators stand.
+
+    seeds: one, or a list with one for each picture. PIL images may be one level apart.
+    """
+    images, states = [], []
+    for pipeline in both:
+        own = generator(seeds) if isinstance(seeds, int) else [generator(seed) for seed in seeds]
+        images.append(pipeline(prompt, generator=own, **options).images)
+        states.append([each.get_state() for each in (own if isinstance(own, list) else [own])])
+    if isinstance(images[0], list):
+        images = [np.stack([np.array(image) for image in each]) / 255 for each in images]
+        atol = 1.01 / 255  # whole levels, one apart, rounded
+    assert_close(*images, atol=atol)
+    assert images[0].std() > 0.03  # a picture, not a grey nothing
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.equal(ours, theirs)
+    return images[0]
