@@ -22,11 +22,12 @@ from minidiff.models.layers import (
 )
 from minidiff.models.levels import check_levels, down_path
 from minidiff.models.options import check_options
+from minidiff.models.tiling import Pieces
 
 EPS = 1e-6  # of every group norm in a VAE; its config has no key for it
 
 
-class AutoencoderKL(Portable, SingleFileModel):
+class AutoencoderKL(Pieces, Portable, SingleFileModel):
     """Encodes pictures as normal distributions over latents, and decodes latents.
 
     Pictures are (B, in_channels, H, W) in [-1, 1], latents (B, latent_channels, H/f, W/f), f = 2^(levels -
@@ -34,6 +35,7 @@ class AutoencoderKL(Portable, SingleFileModel):
     scaling_factor. 0.18215 is 1 / the standard deviation of the latents of Stable Diffusion's first training
     batch, so that they have about unit variance (diffusers #437). sample_size and force_upcast (the weights
     overflow in float16) are notes for the caller too. Raises ValueError for a value that is not implemented.
+    For pictures that exceed the memory there are enable_tiling and enable_slicing: see tiling.py.
     """
 
     single_file_part = "vae"
@@ -55,14 +57,17 @@ class AutoencoderKL(Portable, SingleFileModel):
         self.decoder = Decoder(latent_channels, out_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self._set_tile_sizes(sample_size, 2 ** (len(block_out_channels) - 1))
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):
         """Pictures (B, in_channels, H, W) in [-1, 1] -> Output with latent_dist, a DiagonalGaussian."""
-        parameters = self.encoder(x)  # (B, 2 * latent_channels, H/f, W/f)
-        if self.quant_conv is not None:
-            parameters = self.quant_conv(parameters)
-        latent_dist = DiagonalGaussian(parameters)
+        pieces = self.use_tiling or self.use_slicing
+        latent_dist = DiagonalGaussian(self._in_pieces(self._encode, x) if pieces else self._encode(x))
         return Output(latent_dist=latent_dist) if return_dict else (latent_dist,)
+
+    def _encode(self, x):
+        parameters = self.encoder(x)  # (B, 2 * latent_channels, H/f, W/f)
+        return parameters if self.quant_conv is None else self.quant_conv(parameters)
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None):
         """Latents (B, latent_channels, h, w) -> Output with sample (B, out_channels, f h, f w).
@@ -70,11 +75,14 @@ class AutoencoderKL(Portable, SingleFileModel):
         generator is not used: nothing is drawn. Raises ValueError if the picture is not finite: it would be
         black. That is how weights that overflow in float16 show themselves (SDXL's: diffusers #7188).
         """
-        hidden_states = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        sample = self.decoder(hidden_states)
+        pieces = self.use_tiling or self.use_slicing
+        sample = self._in_pieces(self._decode, z) if pieces else self._decode(z)
         if not torch.isfinite(sample).all():
             self._explain_overflow(z, sample)
         return Output(sample=sample) if return_dict else (sample,)
+
+    def _decode(self, z):
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def forward(self, sample: torch.Tensor, sample_posterior=False, return_dict: bool = True, generator=None):
         """Pictures encoded and decoded, through the mean, or with sample_posterior through a drawn latent."""
