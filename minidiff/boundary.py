@@ -192,11 +192,11 @@ def to_images(pictures, output_type: str = "pil"):
     if output_type == "pt":
         return scaled if is_tensor(scaled) else _torch_for_drawing().from_numpy(np.ascontiguousarray(scaled))
     scaled = to_numpy(scaled).transpose(0, 2, 3, 1).astype(np.float32, copy=False)  # (B, H, W, C)
-    return scaled if output_type == "np" else _to_pil(scaled)
+    return scaled if output_type == "np" else to_pil(scaled)
 
 
-def _to_pil(pictures):
-    """float32 (B, H, W, C) in [0, 1] -> a list of PIL images."""
+def to_pil(pictures):
+    """Pictures, float32 (B, H, W, C) in [0, 1], as a list of PIL images; ValueError unless C is 1, 3 or 4."""
     from PIL import Image  # inside, so that schedulers and sampling don't need it
 
     if pictures.shape[-1] not in (1, 3, 4):

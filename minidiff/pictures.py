@@ -10,7 +10,7 @@ are those of diffusers' VaeImageProcessor. Then what painting a part of a pictur
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from minidiff.boundary import is_tensor, to_numpy
 
@@ -287,3 +287,8 @@ def overlay(image: Image.Image, painted: Image.Image, mask: Image.Image, region)
     below = below.convert("RGBA")
     below.alpha_composite(kept.convert("RGBA"))
     return below.convert("RGB")
+
+
+def blur(mask: Image.Image, blur_factor: int = 4) -> Image.Image:
+    """mask with soft edges: a Gaussian of blur_factor pixels. Pipelines make masks of 0 and 1 of it again."""
+    return mask.filter(ImageFilter.GaussianBlur(blur_factor))

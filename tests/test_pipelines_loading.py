@@ -63,6 +63,27 @@ def test_a_saved_pipeline_comes_back_the_same(pipe, tmp_path):
     assert dict(again.scheduler.config) == dict(pipe.scheduler.config)
 
 
+def test_variants_and_shards_travel_between_the_libraries(folder, tmp_path):
+    options = {"safe_serialization": True, "variant": "fp16", "max_shard_size": "20KB"}
+    for saver, pipe in zip(("ours", "theirs"), load_both("StableDiffusionPipeline", folder), strict=True):
+        place = tmp_path / saver
+        pipe.save_pretrained(place, **options)
+        if saver == "theirs":
+            pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder)
+            pipe.tokenizer.save_pretrained(place / "tokenizer")
+        assert (place / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
+        assert (place / "text_encoder" / "model.safetensors.index.fp16.json").exists()
+        for library in (minidiff, diffusers):
+            again = library.StableDiffusionPipeline.from_pretrained(place, variant="fp16")
+            assert_close(draw(again), draw(pipe), atol=1e-5)
+
+
+def test_weights_are_written_as_safetensors_alone(pipe, tmp_path):
+    with pytest.raises(ValueError, match="safetensors alone; leave safe_serialization=True"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_saved_ddpm_is_loaded_by_diffusers(ddpm_folder, tmp_path):
     ours, _ = load_both("DDPMPipeline", ddpm_folder)
     ours.save_pretrained(tmp_path)
@@ -143,6 +164,8 @@ def test_backend_says_what_the_models_run(pipe):
     assert pipe.backend == "torch"
     minidiff.ops.use_backend(pipe.unet, attention="reference")
     assert pipe.backend == "reference, torch"
+    with pytest.raises(AttributeError, match=r"choose with .*use_backend\(pipe\.unet, attention='triton'\)"):
+        pipe.backend = "triton"
 
 
 def test_a_safety_checker_is_left_out_with_one_line(copy, caplog):
@@ -209,8 +232,16 @@ def test_truncated_weights_are_refused(copy):
 def test_unknown_checkpoints_and_arguments_are_refused(folder):
     with pytest.raises(minidiff.CheckpointError, match="no checkpoint 'nowhere'"):
         minidiff.StableDiffusionPipeline.from_pretrained("nowhere")
-    with pytest.raises(TypeError, match="no argument device_map; the parts that can be given are vae"):
-        minidiff.StableDiffusionPipeline.from_pretrained(folder, device_map="auto")
+    with pytest.raises(TypeError, match="no argument custom_pipeline; the parts that can be given are vae"):
+        minidiff.StableDiffusionPipeline.from_pretrained(folder, custom_pipeline="lpw")
+
+
+def test_a_device_map_is_one_device(folder):
+    pipe = minidiff.DiffusionPipeline.from_pretrained(folder, device_map="meta", low_cpu_mem_usage=True)
+    assert {model.device.type for model in pipe.models} == {"meta"}
+    for several in ("auto", {"unet": 0}):
+        with pytest.raises(ValueError, match=r"device_map is .*so name one device, such as \"cuda\""):
+            minidiff.StableDiffusionPipeline.from_pretrained(folder, device_map=several)
 
 
 def test_an_interrupted_save_has_no_index(pipe, tmp_path, monkeypatch):

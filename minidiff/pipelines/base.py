@@ -1,5 +1,6 @@
 """What every pipeline has beside its call: its parts, how they are loaded, saved and moved."""
 
+import inspect
 import logging
 import re
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import ClassVar
 import torch
 
 import minidiff
-from minidiff import backends
+from minidiff import backends, models
 from minidiff.checkpoints import CheckpointError, hub, single_file
 from minidiff.checkpoints.load import check_dtype
 from minidiff.config import DIFFUSERS_VERSION, Config, write_json
+from minidiff.pipelines.porting import Ported
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +37,40 @@ class ImagePipelineOutput:
         return (self.images,)
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(Ported):
     """Base of the pipelines; `DiffusionPipeline.from_pretrained` picks the class that the checkpoint names.
 
-    A pipeline's parts are plain attributes: `pipe.scheduler = ...` switches. `.components` holds them all.
+    A pipeline's parts are plain attributes: `pipe.scheduler = ...` switches. `.components` holds them all. In
+    a class of your own that names no part_classes, they are what its constructor can't do without.
     """
 
     part_classes: ClassVar[dict] = {}  # part -> the names that its class may have; (): any scheduler
     optional_parts: ClassVar[tuple] = ()  # parts that a checkpoint may go without
     options: ClassVar[tuple] = ()  # constructor arguments that stand in the index as plain values
-    _progress_bar_config: ClassVar[dict] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not cls.part_classes:
+            arguments = inspect.signature(cls).parameters.values()
+            needed = [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+            classes = tuple(models.__all__)
+            cls.part_classes = {name: () if "scheduler" in name else classes for name in needed}
 
     @classmethod
     def from_pretrained(
         cls, name_or_path, *, torch_dtype=None, dtype=None, variant=None, use_safetensors=None, revision=None,
-        cache_dir=None, local_files_only=False, token=None, **parts,
+        cache_dir=None, local_files_only=False, token=None, device_map=None, low_cpu_mem_usage=True, **parts,
     ):  # fmt: skip
         """The pipeline of a built-in name ("scenes"), a folder in diffusers' layout, or a repository's id.
 
         torch_dtype (or dtype, its newer name): the type of all models, float32 if None, whatever the files
         hold. variant: a file-name infix such as "fp16". Parts may be given instead of read: `vae=my_vae`.
-        CheckpointError for a checkpoint that lacks a part or names a class that minidiff does not have;
-        TypeError for an argument that is no part.
+        device_map: the device of all models, as if .to() were called. low_cpu_mem_usage is not used: weights
+        are mapped, and converted one by one. CheckpointError for a checkpoint that lacks a part or names a
+        class that minidiff does not have; ValueError for a device_map that is no device, TypeError for an
+        argument that is no part.
         """
+        device = _one_device(device_map)
         torch_dtype = check_dtype(torch_dtype, dtype)
         source = {"revision": revision, "cache_dir": cache_dir, "token": token}
         source["local_files_only"] = local_files_only
@@ -78,7 +91,7 @@ class DiffusionPipeline:
         pipeline = cls._assemble(index, f"{name_or_path}: {INDEX}", parts, load)
         if _named_class(index, "safety_checker") and "safety_checker" not in parts:
             logger.warning("%s: its safety checker is left out; minidiff has none", name_or_path)
-        return pipeline
+        return pipeline.to(device=device)
 
     @classmethod
     def from_single_file(
@@ -194,14 +207,24 @@ class DiffusionPipeline:
             raise CheckpointError(f"{where} asks for the {part} {name}; minidiff has {', '.join(accepted)}")
         return getattr(minidiff, name)
 
-    def save_pretrained(self, save_directory):
-        """Writes every part, then the index, in a layout that diffusers loads too."""
+    def save_pretrained(self, save_directory, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str | None = None):  # fmt: skip
+        """Writes every part, then the index, in a layout that diffusers loads too.
+
+        variant and max_shard_size: for the weights of each model, see PretrainedModel.save_pretrained.
+        ValueError for safe_serialization=False: weights are written as safetensors alone.
+        """
+        if not safe_serialization:
+            raise ValueError("minidiff writes weights as safetensors alone; leave safe_serialization=True")
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        options = {name: value for name, value in options.items() if value is not None}
         index = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
         for name, part in self.components.items():
             library = "transformers" if name.removesuffix("_2") in FROM_TRANSFORMERS else "diffusers"
             index[name] = [None, None] if part is None else [library, type(part).__name__]
             if part is not None:
-                part.save_pretrained(Path(save_directory, name))
+                weights = options if isinstance(part, torch.nn.Module) else {}
+                part.save_pretrained(Path(save_directory, name), **weights)
         write_json(Path(save_directory, INDEX), index | {key: getattr(self, key) for key in self.options})
 
     @property
@@ -263,15 +286,27 @@ class DiffusionPipeline:
         used = {layer.backend for layer in layers if getattr(layer, "op", None) in backends.FOLLOWING}
         return ", ".join(sorted(used))
 
-    def set_progress_bar_config(self, **config):
-        """Arguments of tqdm for every later call: `disable=True`, `desc="..."`, `leave=False`, ..."""
-        self._progress_bar_config = config
+    @backend.setter
+    def backend(self, name):
+        raise AttributeError(f"pipe.backend can't be set, for models may run different ones; choose with "
+                             f"minidiff.ops.use_backend(pipe.unet, attention={name!r})")  # fmt: skip
 
     def __repr__(self):
         parts = (
             f"{name}={type(part).__name__}" for name, part in self.components.items() if part is not None
         )
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _one_device(device_map):
+    """device_map as a torch.device, or None; ValueError where it asks for more than one, or for none."""
+    if device_map is None:
+        return None
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map is {device_map!r}; a pipeline's models stay together here, so name "
+                         'one device, such as "cuda"') from error  # fmt: skip
 
 
 def refuse_parts(pipeline, **parts):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from minidiff.boundary import draw_normal, like, to_images, to_numpy
 from minidiff.models.layers import timestep_embedding
 from minidiff.pipelines.base import DiffusionPipeline, ImagePipelineOutput, refuse_parts, repair_configs
+from minidiff.pipelines.porting import PortedDecoder
 from minidiff.sampling import guide, sample
 
 MOST_PICTURES = 1024  # in one call: far more exhaust the memory, and the process ends without a word
@@ -33,7 +34,7 @@ class StableDiffusionPipelineOutput(ImagePipelineOutput):
         return (self.images, self.nsfw_content_detected)
 
 
-class StableDiffusionPipeline(DiffusionPipeline):
+class StableDiffusionPipeline(DiffusionPipeline, PortedDecoder):
     """Pictures of a text, for Stable Diffusion 1 and 2 and everything that is built like them.
 
     Configs are repaired as in diffusers: old checkpoints lack steps_offset=1 and clip_sample=False in the
@@ -59,9 +60,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ):  # fmt: skip
         refuse_parts(self, safety_checker=safety_checker, feature_extractor=feature_extractor,
                      image_encoder=image_encoder)  # fmt: skip
-        repair_configs(scheduler, unet, self.repairs)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
+        repair_configs(scheduler, unet, self.repairs)
         self.requires_safety_checker = requires_safety_checker
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
 
@@ -231,7 +232,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
             if "add_text_embeds" in text:
                 added = {"text_embeds": text["add_text_embeds"], "time_ids": text["add_time_ids"]}
                 conditions["added_cond_kwargs"] = added
-            output = self.unet(self._model_input(latents, text), t, embeds, **conditions).sample
+            output = self.unet(
+                self._model_input(latents, text), torch.as_tensor(t), embeds, **conditions
+            ).sample
             output = like(to_numpy(output), x)
             if not guided:
                 return output
