@@ -55,6 +55,7 @@ _WHERE = {  # module -> its public names
         "AutoPipelineForImage2Image",
         "AutoPipelineForInpainting",
     ),
+    "minidiff.optimization": ("optimize",),
     "minidiff.editing": (
         "compose",
         "compose_guidance",

@@ -52,7 +52,7 @@ MAY_IMPORT_LATE = {
     "boundary": ("PIL", "torch"),  # schedulers work without both; torch for its global generator
     "config": ("minidiff.checkpoints",),  # only to read one from a name
     "checkpoints": ("huggingface_hub",),  # half a second that nobody with a local folder needs
-    "pipelines": ("minidiff.optimize",),  # outside the core; CUDA graphs
+    "pipelines": ("minidiff.optimization",),  # outside the core; CUDA graphs
     "backends": ("minidiff_kernels",),  # Triton is absent on some systems
 }
 FEW_FILES_ALONE = {
@@ -72,6 +72,7 @@ PUBLIC = [
     *("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline"),
     *("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"),
     *("compose", "compose_guidance", "interpolate", "invert", "invert_ddim", "reconstruct", "slerp"),
+    "optimize",
 ]
 
 

@@ -85,13 +85,18 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states, encoder_hidden_states=None, mask=None):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = self._heads(self.to_q(hidden_states))  # (B, heads, T, D)
-        k = self._heads(self.to_k(source))  # (B, heads, S, D)
-        v = self._heads(self.to_v(source))  # (B, heads, S, D)
+        q = self.heads(self.to_q(hidden_states))  # (B, heads, T, D)
+        k = self.heads(self.to_k(source))  # (B, heads, S, D)
+        v = self.heads(self.to_v(source))  # (B, heads, S, D)
+        return self.attend(q, k, v, mask)
+
+    def attend(self, q, k, v, mask=None):
+        """What follows the projections: q (B, heads, T, D), k and v (B, heads, S, D) -> (B, T, C)."""
         out = ops.attention(q, k, v, mask, backend=self.backend)  # (B, heads, T, D)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def _heads(self, x):
+    def heads(self, x):
+        """(B, T, C) -> (B, heads, T, D)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 

@@ -214,9 +214,8 @@ class DiffusionPipeline(Ported):
         variant and max_shard_size: for the weights of each model, see PretrainedModel.save_pretrained.
         ValueError for safe_serialization=False: weights are written as safetensors alone.
         """
-        if not safe_serialization:
-            raise ValueError("minidiff writes weights as safetensors alone; leave safe_serialization=True")
         options = {"variant": variant, "max_shard_size": max_shard_size}
+        options |= {} if safe_serialization else {"safe_serialization": False}
         options = {name: value for name, value in options.items() if value is not None}
         index = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
         for name, part in self.components.items():
@@ -256,14 +255,17 @@ class DiffusionPipeline(Ported):
         return self
 
     def compile(self):
-        """Makes the U-Net of a Stable Diffusion pipeline replay a CUDA graph; returns the pipeline.
+        """minidiff.optimize for all models, and the U-Net replays a CUDA graph; returns the pipeline.
 
-        The pictures stay the same but for rounding; call it after `.to`. Raises BackendUnavailable without a
-        GPU, TypeError for a pipeline with another U-Net. See optimize.py.
+        For a Stable Diffusion pipeline on a GPU, after `.to`; the pictures stay the same but for rounding.
+        Raises BackendUnavailable without a GPU, TypeError for another U-Net. See optimization/.
         """
-        from minidiff import optimize  # inside: it is outside the core, and read by those who call this
+        from minidiff import optimization  # inside: it is outside the core, and read by those who call this
 
-        optimize.compile_unet(self.unet)
+        optimization.compile_unet(self.unet)
+        for model in self.models:
+            if model is not self.unet:
+                optimization.optimize(model)
         return self
 
     @property

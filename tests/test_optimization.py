@@ -1,7 +1,8 @@
-"""optimize: the U-Net's step as a recording, and the text's keys kept, without a GPU.
+"""optimization/: layers with less work, the text's keys kept, the U-Net's step as a recording.
 
-Recordings are made by a stand-in that runs the step again on the buffers; all else is as on a GPU. What only
-a GPU shows, that CUDA's graph replays it, is in tests marked for one.
+Rewrites for a GPU run in Triton's interpreter here. Recordings are made by a stand-in that runs the step
+again on the buffers; all else is as on a GPU. What only a GPU shows, that CUDA's graph replays it, is in
+tests marked for one.
 """
 
 import pytest
@@ -10,7 +11,10 @@ from parity import assert_close
 from test_structure import tiny_pipeline
 
 import minidiff
-from minidiff import optimize
+from minidiff import optimization
+from minidiff.optimization import graphs
+from minidiff.optimization.graphs import GraphedStep
+from minidiff.optimization.steps import Step
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def recorded(unet):
     """The U-Net, its step recorded by a stand-in, and the stand-in."""
     recorder = Recorder()
     unet.to(memory_format=torch.channels_last)
-    unet.forward = optimize._GraphedStep(unet, optimize.keep_text_keys(unet), recorder)
+    GraphedStep(unet, recorder).install()
     return unet, recorder
 
 
@@ -59,26 +63,30 @@ def counting(layers):
     return calls
 
 
+def kept(unet):
+    """The keys of a U-Net that keeps them."""
+    step = Step(unet)
+    step.install()
+    return step.keys
+
+
 @torch.no_grad()
 def test_keys_of_a_text_are_computed_once_and_change_nothing(unet):
     given = [arguments(seed=seed) for seed in range(3)]
     for step in given[1:]:
         step["encoder_hidden_states"] = given[0]["encoder_hidden_states"]
     expected = [unet(**step).sample for step in given]
-    keys = optimize.keep_text_keys(unet)
-    calls = counting(keys.layers)
+    calls = counting(kept(unet).layers)
     for step, sample in zip(given, expected, strict=True):
-        keys.update(step["encoder_hidden_states"])
-        assert torch.equal(unet(**step).sample, sample)
-    assert len(calls) == len(keys.layers) == 4
+        assert_close(unet(**step).sample, sample, atol=1e-14)
+    assert len(calls) == 4
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["another text", "in place", "another shape", "weights"])
 def test_keys_follow_what_they_are_made_of(unet, change):
     step = arguments()
-    keys = optimize.keep_text_keys(unet)
-    keys.update(step["encoder_hidden_states"])
+    keys = kept(unet)
     before = unet(**step).sample
     if change == "another text":
         step["encoder_hidden_states"] = step["encoder_hidden_states"] + 1
@@ -88,21 +96,19 @@ def test_keys_follow_what_they_are_made_of(unet, change):
         step = arguments(batch=3)
     else:
         keys.layers[1].to_k.weight.mul_(3)
-    keys.update(step["encoder_hidden_states"])
     after = unet(**step).sample
     assert after.shape != before.shape or not torch.allclose(after, before)
-    assert torch.equal(optimize.restore_unet(unet)(**step).sample, after)
+    assert_close(after, optimization.restore(unet)(**step).sample, atol=1e-14)
 
 
 def test_keys_of_inference_tensors_are_computed_each_time(unet):
     with torch.inference_mode():
         step = arguments()
-        keys = optimize.keep_text_keys(unet)
-        keys.update(step["encoder_hidden_states"])
+        kept(unet)
+        unet(**step)
         step["encoder_hidden_states"].mul_(2)
-        keys.update(step["encoder_hidden_states"])
         sample = unet(**step).sample
-        assert torch.equal(optimize.restore_unet(unet)(**step).sample, sample)
+        assert_close(sample, optimization.restore(unet)(**step).sample, atol=1e-14)
 
 
 @torch.no_grad()
@@ -113,7 +119,7 @@ def test_a_recorded_step_gives_what_the_plain_one_does(recorded):
     steps[3]["encoder_attention_mask"] = (torch.rand(2, 77) > 0.3).double()
     results = [unet(**step).sample for step in steps]
     assert (recorder.recordings, recorder.replays) == (3, 4)  # a number and a tensor are one kind
-    optimize.restore_unet(unet)
+    optimization.restore(unet)
     for step, sample in zip(steps, results, strict=True):
         assert_close(sample, unet(**step).sample, atol=1e-13)
 
@@ -124,12 +130,12 @@ def test_shapes_are_recorded_once_and_the_oldest_forgotten(recorded):
     for seed in range(5):
         unet(**arguments(seed=seed))
     assert (recorder.recordings, recorder.replays) == (1, 5)
-    for batch in range(3, 3 + optimize.MOST_GRAPHS):
+    for batch in range(3, 3 + graphs.MOST_GRAPHS):
         unet(**arguments(batch=batch))
     unet(**arguments(batch=3))
-    assert recorder.recordings == 1 + optimize.MOST_GRAPHS
+    assert recorder.recordings == 1 + graphs.MOST_GRAPHS
     unet(**arguments())
-    assert recorder.recordings == 2 + optimize.MOST_GRAPHS
+    assert recorder.recordings == 2 + graphs.MOST_GRAPHS
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def test_a_model_that_was_moved_is_recorded_again(recorded):
     unet.float().double()
     sample = unet(**step).sample
     assert recorder.recordings == 2
-    assert_close(sample, optimize.restore_unet(unet)(**step).sample, atol=1e-13)
+    assert_close(sample, optimization.restore(unet)(**step).sample, atol=1e-13)
 
 
 @torch.no_grad()
@@ -165,12 +171,9 @@ def test_a_pipeline_with_recordings_draws_the_same_picture():
         options = {"num_inference_steps": 4, "generator": generator, "output_type": "np"}
         return pipe("a red cube", negative_prompt="blue", **options).images
 
-    def exchange(pipe, i, t, tensors):
-        return {"prompt_embeds": tensors["prompt_embeds"] * 1.5} if i == 1 else {}
-
     expected = draw()
     recorder, names = Recorder(), list(pipe.unet.state_dict())
-    pipe.unet.forward = optimize._GraphedStep(pipe.unet, optimize.keep_text_keys(pipe.unet), recorder)
+    GraphedStep(pipe.unet, recorder).install()
     assert_close(draw(), expected, atol=1e-6)
     assert (recorder.recordings, recorder.replays) == (1, 5)
     assert list(pipe.unet.state_dict()) == names
@@ -182,7 +185,7 @@ def test_without_a_gpu_compile_says_what_it_needs(unet):
     ):
         tiny_pipeline().compile()
     with pytest.raises(TypeError, match="takes a UNet2DConditionModel, not a Linear"):
-        optimize.compile_unet(torch.nn.Linear(1, 1))
+        optimization.compile_unet(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")

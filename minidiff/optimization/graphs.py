@@ -1,0 +1,101 @@
+"""A U-Net without the waiting: its step as one CUDA graph.
+
+The CPU starts hundreds of kernels in every step of a loop, always the same ones with the same shapes, and a
+GPU that is done with one waits for the next. A CUDA graph is a recording of all the starts: one call replays
+them, on the same addresses; so what goes in is copied to fixed buffers, the timestep too.
+"""
+
+from collections import OrderedDict
+
+import torch
+
+from minidiff.models.layers import Output, as_timesteps
+from minidiff.optimization.rewrite import rewrite_of
+from minidiff.optimization.steps import Step, tensors_in
+
+MOST_GRAPHS = 4  # shapes of which a recording is kept; each holds the memory of one step
+WARM_UP = 3  # steps before a recording, in which kernels are compiled and libraries choose theirs
+
+
+def record(function, device):
+    """function() as a CUDA graph: a function that replays it and returns the same tensor, with new values."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+
+    def replay():
+        with torch.cuda.device(device):
+            graph.replay()
+        return result
+
+    return replay
+
+
+class GraphedStep(Step):
+    """The forward of a UNet2DConditionModel by recordings, one for each combination of shapes."""
+
+    def __init__(self, unet, record=record):
+        super().__init__(unet)
+        self.record = record
+        self.recorded, self.addresses = OrderedDict(), None
+
+    def with_gradients(self, given):
+        """A recording can't be differentiated: RuntimeError."""
+        raise RuntimeError("a compiled U-Net makes no gradients: call it under torch.no_grad(), or undo it "
+                           "with minidiff.optimization.restore(unet)")  # fmt: skip
+
+    def run(self, given):
+        """The result for these arguments; a new combination of shapes is recorded first."""
+        return_dict = given.pop("return_dict", True)
+        given["timestep"] = as_timesteps(given["timestep"], given["sample"])  # (B,), on the device
+        for layer in self.layer.modules():
+            if (rewrite := rewrite_of(layer)) is not None:
+                rewrite.prepare()
+        sample = self._replay(given).clone()  # the buffer is overwritten by the next step
+        return Output(sample=sample) if return_dict else (sample,)
+
+    def _replay(self, given):
+        """The result in a buffer."""
+        ends = self.layer.conv_in.weight.data_ptr(), self.layer.conv_out.weight.data_ptr()
+        addresses = [*ends, *self.keys.addresses]
+        if addresses != self.addresses:  # the model was moved: recordings point to where it was
+            self.recorded.clear()
+            self.addresses = addresses
+        shapes = repr(_map(lambda x: (tuple(x.shape), x.dtype, x.device), given))
+        if shapes not in self.recorded:
+            while len(self.recorded) >= MOST_GRAPHS:
+                self.recorded.popitem(last=False)
+            buffers = _map(_buffer, given)
+            step = super().run
+            with torch.no_grad():
+                replay = self.record(
+                    lambda: step(buffers | {"return_dict": False})[0], given["sample"].device
+                )
+            self.recorded[shapes] = buffers, replay
+        self.recorded.move_to_end(shapes)
+        buffers, replay = self.recorded[shapes]
+        for buffer, value in zip(tensors_in(buffers), tensors_in(given), strict=True):
+            buffer.copy_(value)
+        return replay()
+
+
+def _buffer(x):
+    """A tensor of its own with the values of x; pictures are channels_last."""
+    order = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    return torch.empty_like(x, memory_format=order).copy_(x)
+
+
+def _map(function, value):
+    """value with function(tensor) for each tensor in its dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(function, entry) for key, entry in value.items()}
+    return [_map(function, entry) for entry in value] if isinstance(value, list | tuple) else value
