@@ -1,0 +1,97 @@
+"""Convolutions and linear layers on a CPU with weights in the order in which oneDNN reads them.
+
+PyTorch hands oneDNN a weight as it is in the checkpoint, and oneDNN brings it into blocks for its registers,
+in every call anew: at low resolutions, where a weight is larger than the picture, that is most of the time.
+Here it is done once for a shape of inputs; the products are the same. Pictures come out channels_last, as
+oneDNN makes them. These operators of PyTorch are not documented, so they stay in this file, and `usable` says
+whether they are there.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from minidiff.optimization.rewrite import Derived, Rewrite, makes_gradients
+
+NEEDED = ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight",
+          "_linear_pointwise")  # fmt: skip
+ALONE = ("none", [], "")  # no function is applied to the result
+
+
+@functools.cache
+def usable(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch on this processor packs weights of dtype, and multiplies them in it."""
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, n) for n in NEEDED):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def takes(x, *weights) -> bool:
+    """Whether x can be multiplied by these weights, packed; where it can't, the plain way is right."""
+    return (
+        usable(x.dtype)
+        and x.numel() > 0
+        and all(w is None or (w.device.type == "cpu" and w.dtype == x.dtype) for w in (x, *weights))
+        and not torch.is_autocast_enabled("cpu")
+        and not makes_gradients(x, *weights)
+    )
+
+
+class PackedConv(Rewrite):
+    """The forward of a Conv2d: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__(layer)
+        self.options = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self.packed = Derived(pack_conv)
+
+    def __call__(self, x):
+        weight, bias = self.layer.weight, self.layer.bias
+        if not takes(x, weight, bias):
+            return self.plain(x)
+        return conv(x, self.packed(weight, more=(x.shape, *self.options)), bias, *self.options)
+
+
+class PackedLinear(Rewrite):
+    """The forward of a Linear: (…, C) -> (…, C')."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer)
+        self.packed = Derived(pack_linear)
+
+    def __call__(self, x):
+        weight, bias = self.layer.weight, self.layer.bias
+        if not takes(x, weight, bias):
+            return self.plain(x)
+        return linear(x, self.packed(weight, more=(rows_of(x),)), bias)
+
+
+def pack_conv(weight, shape, padding, stride, dilation, groups):
+    """weight (C', C / groups, h, w) for inputs of shape (B, C, H, W): an opaque tensor."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(shape)
+    )
+
+
+def conv(x, packed, bias, padding, stride, dilation, groups):
+    """x (B, C, H, W) convolved; the result is channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, dilation, groups, *ALONE)
+
+
+def pack_linear(weight, rows):
+    """weight (N, K) for inputs of this number of rows: an opaque tensor."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def linear(x, packed, bias):
+    """x (…, K) times a packed (N, K), plus bias (N,) or None -> (…, N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *ALONE)
+
+
+def rows_of(x) -> int:
+    """The number of rows of x (…, K) as a matrix."""
+    return x.numel() // x.shape[-1]
