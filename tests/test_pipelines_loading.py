@@ -79,9 +79,12 @@ def test_variants_and_shards_travel_between_the_libraries(folder, tmp_path):
 
 
 def test_weights_are_written_as_safetensors_alone(pipe, tmp_path):
-    with pytest.raises(ValueError, match="safetensors alone; leave safe_serialization=True"):
-        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    for saved in (pipe, pipe.unet, pipe.text_encoder):
+        with pytest.raises(ValueError, match="safetensors alone; leave safe_serialization=True"):
+            saved.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
+    pipe.unet.save_pretrained(tmp_path, safe_serialization=True)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_a_saved_ddpm_is_loaded_by_diffusers(ddpm_folder, tmp_path):

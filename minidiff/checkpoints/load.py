@@ -104,14 +104,17 @@ class PretrainedModel(Configured, nn.Module):
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{config_file}: {error}") from error
 
-    def save_pretrained(self, save_directory, variant: str | None = None, max_shard_size: int | str = "10GB"):
+    def save_pretrained(self, save_directory, variant: str | None = None, max_shard_size: int | str = "10GB",
+                        safe_serialization: bool = True):  # fmt: skip
         """Writes config.json and the weights as safetensors; diffusers (transformers for CLIP) reads both.
 
         variant: an infix for the weight files' names. max_shard_size: bytes, or a text such as "500MB";
         weights of more than that become several files with an index. Weights that an earlier call left there
-        under other names are deleted. CheckpointError where the disk does not take them; each file is then as
-        before, or absent.
+        under other names are deleted. ValueError for safe_serialization=False, which would be pickles;
+        CheckpointError where the disk does not take the files; each is then as before, or absent.
         """
+        if not safe_serialization:
+            raise ValueError("minidiff writes weights as safetensors alone; leave safe_serialization=True")
         folder, tensors = Path(save_directory), self.state_dict()
         names = layout.WeightNames(self.weights_name, variant)
         shards = layout.split(tensors, layout.bytes_in(max_shard_size))
