@@ -106,7 +106,8 @@ def _recompute(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _launch(q, k, v, mask):
+def _launch(q, k, v, mask, config=None):
+    # config: blocks other than the table's, to time them
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     out = torch.empty((batch, queries, heads, size), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -121,8 +122,10 @@ def _launch(q, k, v, mask):
     arguments += [0, 0, 0, 0] if mask is None else mask.stride()
     arguments += [heads, queries, keys]
     short = is_short(keys, size, q.element_size(), kind)
-    config = config_of(short, keys, blocks_of(short, size, q.element_size(), kind, launch.target(q.device)))
-    constants = constants_of(short, keys, size, kind, unit) | config
+    if config is None:
+        blocks = blocks_of(short, size, q.element_size(), kind, launch.target(q.device))
+        config = config_of(short, keys, size, blocks)
+    constants = launch.OPTIONS | constants_of(short, keys, size, kind, unit) | config
     tiles = triton.cdiv(queries, config["BLOCK_M"])
     with launch.on_device(q):
         if short:  # as many tiles a block as leave four blocks for each multiprocessor
@@ -170,7 +173,7 @@ def _attention_tiled(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
     for start in range(0, S, BLOCK_N):
         left = S - start
         k0, k1 = _load(k_ptr, stride_kt, keys, left, D, D0, D1, D, EVEN)  # (BLOCK_N, D0), (BLOCK_N, D1)
-        scores = _scores(q0, q1, k0, k1, D1, ACC)  # (BLOCK_M, BLOCK_N)
+        scores = _scores(q0, q1, k0.T, k1.T, D1, ACC)  # (BLOCK_M, BLOCK_N)
         scores = _masked(scores, mask_ptr, stride_mt, stride_ms, rows, T - first, keys, left,
                          SCALE, MASK, EVEN)  # fmt: skip
         highest = tl.maximum(top, _highest(scores, SCALE, MASK))  # (BLOCK_M,)
@@ -196,8 +199,10 @@ def _attention_short(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
                      stride_mb, stride_mh, stride_mt, stride_ms, heads, T, S, run,
                      SCALE: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr,
                      D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                     N0: tl.constexpr, N1: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    # One program computes `run` tiles of BLOCK_M rows of one head. It keeps all S keys: N0 and N1 of them.
+                     N0: tl.constexpr, N1: tl.constexpr, FULL: tl.constexpr,
+                     BLOCK_M: tl.constexpr):  # fmt: skip
+    # One program computes `run` tiles of BLOCK_M rows of one head. It keeps all S keys: the first N0, which
+    # all exist if FULL, and N1 of them.
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(T, BLOCK_M * run)
     first = tl.program_id(0) % blocks * BLOCK_M * run
@@ -212,15 +217,16 @@ def _attention_short(q_ptr, k_ptr, v_ptr, o_ptr, mask_ptr,
         mask_ptr += b * stride_mb + h * stride_mh + first.to(tl.int64) * stride_mt
     rows, keys0 = tl.arange(0, BLOCK_M), tl.arange(0, N0)
     keys1 = N0 + tl.arange(0, N1 if N1 > 0 else 16)
-    k00, k01 = _load(k_ptr, stride_kt, keys0, S, D, D0, D1, D, False)  # (N0, D0), (N0, D1)
-    v00, v01 = _load(v_ptr, stride_vt, keys0, S, D, D0, D1, D, False)
+    k00, k01 = _load(k_ptr, stride_kt, keys0, S, D, D0, D1, D, FULL)  # (N0, D0), (N0, D1)
+    v00, v01 = _load(v_ptr, stride_vt, keys0, S, D, D0, D1, D, FULL)
     k10, k11 = _load(k_ptr, stride_kt, keys1, S, D, D0, D1, D, False)  # (N1, D0), (N1, D1), unused if N1 is 0
     v10, v11 = _load(v_ptr, stride_vt, keys1, S, D, D0, D1, D, False)
+    k00, k01, k10, k11 = k00.T, k01.T, k10.T, k11.T  # here: in the loop, each tile would write k again
     for start in range(first, tl.minimum(first + BLOCK_M * run, T), BLOCK_M):
         left = T - start
         q0, q1 = _load(q_ptr, stride_qt, rows, left, D, D0, D1, D, False)  # (BLOCK_M, D0), (BLOCK_M, D1)
         scores0 = _scores(q0, q1, k00, k01, D1, ACC)  # (BLOCK_M, N0)
-        scores0 = _masked(scores0, mask_ptr, stride_mt, stride_ms, rows, left, keys0, S, SCALE, MASK, False)
+        scores0 = _masked(scores0, mask_ptr, stride_mt, stride_ms, rows, left, keys0, S, SCALE, MASK, FULL)
         highest = _highest(scores0, SCALE, MASK)  # (BLOCK_M,)
         if N1 > 0:
             scores1 = _scores(q0, q1, k10, k11, D1, ACC)  # (BLOCK_M, N1)
@@ -267,10 +273,10 @@ def _load(ptr, stride_t, rows, row_limit, column_limit,
 
 @triton.jit
 def _scores(q0, q1, k0, k1, D1: tl.constexpr, ACC: tl.constexpr):
-    # q kᵀ, not yet scaled
-    scores = add_product(tl.zeros((q0.shape[0], k0.shape[0]), ACC), q0, k0.T)
+    # q times k, which is transposed, not yet scaled
+    scores = add_product(tl.zeros((q0.shape[0], k0.shape[1]), ACC), q0, k0)
     if D1 > 0:
-        scores = add_product(scores, q1, k1.T)
+        scores = add_product(scores, q1, k1)
     return scores
 
 

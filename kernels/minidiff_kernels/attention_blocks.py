@@ -7,6 +7,7 @@ from minidiff_kernels import launch
 
 SLICE, LARGEST = 256, 512  # columns that one block accumulates, and that a head has at most
 SHORT_KEYS, ON_CHIP = 128, 128 * 128  # keys that stay on chip, and numbers of k and of v: 32 KiB of each
+PADDED = "padded"
 # Blocks for heads of up to so many columns: the largest that fit and don't spill, found by compiling. On
 # sm_90 two share a multiprocessor up to 64 columns and at 160, three at 80: exponentials of one overlap with
 # products of another. sm_80's fit the 99 KiB of consumer GPUs. Masks are loaded number by number, which takes
@@ -50,12 +51,11 @@ def split(size: int) -> tuple[int, int]:
 
 def constants_of(short: bool, keys: int, size: int, kind: str | None, unit: int) -> dict:
     """The constants that no block size decides; kind is the mask's: "bool", "float" or None."""
-    first, rest = split(size)
-    head = {"SCALE": 1 / math.sqrt(size), "MASK": kind, "UNIT": unit, "D": size, "D0": first, "D1": rest}
+    constants = {"SCALE": 1 / math.sqrt(size), "MASK": kind, "UNIT": unit, "D": size}
     if not short:
-        return head | ({"V0": first, "V1": rest} if size <= SLICE else {"V0": SLICE, "V1": 0})
+        return constants
     first, rest = split(keys)
-    return head | {"N0": first, "N1": rest}
+    return constants | {"N0": first, "N1": rest, "FULL": keys >= first}
 
 
 def blocks_of(short: bool, size: int, itemsize: int, kind: str | None, target: str) -> tuple:
@@ -67,8 +67,18 @@ def blocks_of(short: bool, size: int, itemsize: int, kind: str | None, target: s
     return blocks[bisect.bisect_left(COLUMNS, sum(split(size)))]
 
 
-def config_of(short: bool, keys: int, blocks: tuple) -> dict:
-    """blocks, as SHORT and TILED have them, as a kernel's arguments."""
-    *sizes, num_warps, num_stages = blocks
+def config_of(short: bool, keys: int, size: int, blocks: tuple) -> dict:
+    """blocks, as SHORT and TILED have them, as a kernel's arguments; PADDED at the end: heads in one tile."""
+    padded = blocks[-1] == PADDED
+    *sizes, num_warps, num_stages = blocks[:-1] if padded else blocks
+    first, rest = (1 << (size - 1).bit_length(), 0) if padded else split(size)
+    heads = {"D0": first, "D1": rest}
     options = {"BLOCK_M": sizes[0], "num_warps": num_warps, "num_stages": num_stages}
-    return options if short else options | {"BLOCK_N": sizes[1], "EVEN": keys % sizes[1] == 0}
+    if short:
+        return heads | options
+    columns = (first, rest) if size <= SLICE else (SLICE, 0)
+    return (
+        heads
+        | options
+        | {"V0": columns[0], "V1": columns[1], "BLOCK_N": sizes[1], "EVEN": keys % sizes[1] == 0}
+    )

@@ -8,20 +8,46 @@ import math
 
 import torch
 
-from minidiff_kernels.attention import _attention_short, _attention_tiled, attention
-from minidiff_kernels.attention_blocks import blocks_of, config_of, constants_of, is_short
+from minidiff_kernels import launch
+from minidiff_kernels.attention import _attention_short, _attention_tiled, _checked_mask, _launch, attention
+from minidiff_kernels.attention_blocks import PADDED, blocks_of, config_of, constants_of, is_short
 from minidiff_kernels.case import TARGETS, KernelCase
 from minidiff_kernels.shapes import ATTENTION, BATCHES, TEXT
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 2e-3, "bf16": 2e-2, "fp32": 3e-6}  # as in the tests
-# Blocks for sm_90 besides those that are launched; to time them, put them into attention_blocks.TILED.
+# Blocks for sm_90 beside those that are launched, for heads of 40, 64, … numbers; sweep.py times them.
 CANDIDATES = {
-    40: [(128, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
-    64: [(64, 64, 4, 3), (128, 128, 8, 2)],
-    80: [(128, 64, 8, 3), (128, 128, 8, 2)],
-    160: [(128, 64, 8, 2), (128, 32, 8, 3)],
-    512: [(128, 16, 8, 2)],
+    40: [
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (128, 128, 8, 2),
+        (64, 128, 4, 2),
+        (128, 64, 8, 3, PADDED),
+        (128, 64, 4, 2, PADDED),
+        (64, 64, 4, 3, PADDED),
+        (128, 128, 8, 2, PADDED),
+        (64, 128, 4, 2, PADDED),
+    ],
+    64: [
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (64, 128, 4, 2),
+    ],
+    80: [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 32, 4, 3)],
+    160: [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 3)],
+    512: [(128, 16, 8, 2), (64, 32, 8, 3)],
+}
+CANDIDATES_SHORT = {
+    40: [(128, 8, 2), (128, 4, 2), (64, 4, 1), (64, 4, 2, PADDED), (128, 8, 2, PADDED)],
+    64: [(128, 8, 2), (128, 4, 2), (64, 4, 1)],
+    80: [(128, 8, 2), (64, 8, 2), (64, 4, 2), (64, 4, 1)],
+    160: [(128, 8, 1), (64, 4, 2)],
 }
 OTHERS = [  # shape, dtype, kind of mask
     *(((1, heads, 1000, 1000, size), "fp16", None) for heads, size in ((8, 40), (8, 64), (8, 80), (1, 512))),
@@ -42,9 +68,12 @@ def _case(shape, where, dtype="fp16", kind=None) -> KernelCase:
     constexprs = constants_of(short, keys, size, kind, 16 // itemsize)
     constexprs |= {"mask_ptr": None} if kind is None else {"stride_ms": 1}
     configs = [(t, blocks_of(short, size, itemsize, kind, t)) for t in TARGETS]
-    if not short and dtype == "fp16" and kind is None:
-        configs += [("sm_90", blocks) for blocks in CANDIDATES.get(size, ())]
-    configs = [{"targets": (t,)} | config_of(short, keys, blocks) for t, blocks in configs]
+    if dtype == "fp16" and kind is None:
+        candidates = CANDIDATES_SHORT if short else CANDIDATES
+        configs += [
+            ("sm_90", blocks) for blocks in candidates.get(size, ()) if ("sm_90", blocks) not in configs
+        ]
+    configs = [{"targets": (t,)} | config_of(short, keys, size, blocks) for t, blocks in configs]
     kernel = _attention_short if short else _attention_tiled
     types = {f"{x}_ptr": f"*{dtype}" for x in "qkvo"} | {"mask_ptr": "*u8" if kind == "bool" else f"*{dtype}"}
     names = [name for name in kernel.arg_names if name not in constexprs and name not in configs[0]]
@@ -63,6 +92,10 @@ def _case(shape, where, dtype="fp16", kind=None) -> KernelCase:
         make_inputs=lambda device: _inputs(shape, dtype, kind, device),
         tiny_inputs=lambda device: _inputs(_tiny(shape), dtype, kind, device),
         run=attention,
+        launch=lambda config, q, k, v, mask=None: _launch(q, k, v, _checked_mask(mask, q, k), config),
+        pick=lambda device: config_of(
+            short, keys, size, blocks_of(short, size, itemsize, kind, launch.target(device))
+        ),
         reference=reference,
         flops=4 * batch * heads * queries * keys * size,
         bytes=traffic,

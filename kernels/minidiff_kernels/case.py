@@ -21,7 +21,8 @@ class KernelCase:
     To run it: make_inputs(device) -> a dict of tensors of the real shape, tiny_inputs(device) -> a smaller
     one that takes the same way through the kernel, in the interpreter in a second; run(**inputs) -> the
     result; reference(**inputs) -> the same in float64. An operation of several kernels has a case for each;
-    only one of them can be run, the others have run=None.
+    only one of them can be run, the others have run=None. launch(config, **inputs) -> the result with one of
+    choices, which are configs where that is empty; pick(device) -> the one that run takes there.
 
     op and shape say what it is: ("attention", (B, heads, T, S, D)), ("group_norm", (B, C, H, W)), ("geglu",
     (M, K, N)), ("upsample_conv", (B, C_in, H, W, C_out)); where says in which models it occurs. flops and
@@ -43,6 +44,9 @@ class KernelCase:
     tiny_inputs: Callable | None = None
     run: Callable | None = None
     reference: Callable | None = None
+    launch: Callable | None = None
+    pick: Callable | None = None
+    choices: tuple = ()
     flops: int = 0
     bytes: int = 0
     atol: float = 0.0
@@ -51,7 +55,14 @@ class KernelCase:
 
     def configs_for(self, target: str) -> list:
         """The configs that may be launched on target, one of TARGETS, without the key that says so."""
-        chosen = [config for config in self.configs if target in config.get("targets", self.targets)]
+        return self._of(self.configs, target)
+
+    def choices_for(self, target: str) -> list:
+        """What launch may be given on target."""
+        return self._of(self.choices or self.configs, target)
+
+    def _of(self, configs, target):
+        chosen = [config for config in configs if target in config.get("targets", self.targets)]
         return [{key: value for key, value in config.items() if key != "targets"} for config in chosen]
 
 
