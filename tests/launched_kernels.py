@@ -1,4 +1,4 @@
-"""Prints every kernel that the registry's cases launch on a GPU but that the registry does not compile.
+"""Prints every kernel that the registry's cases may launch on a GPU but that the registry does not compile.
 
 Run as a script, for one target of the compile check. Nothing is computed: inputs have no data, a launch is
 noted instead of made, and what Triton would compile for it is asked of Triton.
@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from minidiff_kernels import compile_check
 from minidiff_kernels.cases import CASES
+from minidiff_kernels.launch import OPTIONS
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
@@ -21,7 +22,7 @@ def compiled(task):
     """A compilation of the registry: kernel, constants, types, what 16 divides, options."""
     config = task.config
     constants = task.case.constexprs | {k: v for k, v in config.items() if k not in compile_check.OPTIONS}
-    options = {k: v for k, v in config.items() if k in compile_check.OPTIONS}
+    options = OPTIONS | {k: v for k, v in config.items() if k in compile_check.OPTIONS}
     return described(task.case.kernel, constants, task.case.signature, task.case.aligned, options)
 
 
@@ -80,7 +81,10 @@ def main(target):
     for case in (case for case in CASES if case.run is not None):
         launches.clear()
         with without_gpu(target, launches):
-            case.run(**case.make_inputs("meta"))
+            inputs = case.make_inputs("meta")
+            case.run(**inputs)
+            for config in case.choices_for(target) if case.launch else []:
+                case.launch(config, **inputs)
         assert launches, f"{case.name} launches nothing"
         for launch in launches:
             unknown.setdefault(launched(*launch, backend), case.name)

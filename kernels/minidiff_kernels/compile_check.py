@@ -96,8 +96,7 @@ def _frozen(mapping):
 def compile_case(case: KernelCase, config: dict, target: str) -> Compiled:
     """Compiles case.kernel with a config for target, one of LIMITS; nothing is run, no GPU is needed."""
     kernel, limits = case.kernel, LIMITS[target]
-    options = {key: value for key, value in config.items() if key in OPTIONS}
-    options.setdefault("enable_fp_fusion", True)  # the default so far, which is going to change
+    options = launch.OPTIONS | {key: value for key, value in config.items() if key in OPTIONS}
     constants = case.constexprs | {key: value for key, value in config.items() if key not in OPTIONS}
     types = case.signature | dict.fromkeys(constants, "constexpr")
     if set(types) != set(kernel.arg_names) or set(case.signature) & set(constants):

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from minidiff_kernels.launch import (
     INTERPRETED,
+    OPTIONS,
     check_tensors,
     differentiable,
     multiprocessors,
@@ -91,24 +92,29 @@ def _launch(x):
     rows = _rows(x)
     grid = (triton.cdiv(columns, TILE["BLOCK_N"]), triton.cdiv(len(rows), TILE["BLOCK_M"]))
     with on_device(x):
-        _geglu[grid](rows, y, len(rows), columns, rows.stride(0), ACC=sum_dtype(x), **TILE)
+        _geglu[grid](rows, y, len(rows), columns, rows.stride(0), ACC=sum_dtype(x), **TILE, **OPTIONS)
     return y
 
 
-def _launch_linear(x, weight, bias):
+def _launch_linear(x, weight, bias, config=None):
+    # config: blocks other than pick's, to time them
     y = torch.empty((*x.shape[:-1], len(weight) // 2), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows, weight = _rows(x), _rows(weight)
     bias = None if bias is None else bias.contiguous()
-    sizes = m, n, k = len(rows), y.shape[-1], rows.shape[1]
-    even = k % 64 == 0
-    config = choose(configs(x.dtype, target(x.device), even), m, n, multiprocessors(x.device))
+    sizes = m, n, _ = len(rows), y.shape[-1], rows.shape[1]
+    config = config or pick(x.dtype, x.device, *sizes)
     grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
     with on_device(x):
         _geglu_linear[grid](rows, weight, bias, y, *sizes, rows.stride(0), weight.stride(0),
-                            ACC=sum_dtype(x), EVEN=even, **config)  # fmt: skip
+                            ACC=sum_dtype(x), **config, **OPTIONS)  # fmt: skip
     return y
+
+
+def pick(dtype, device, m, n, k) -> dict:
+    """The config of geglu_linear for a result (m, n) and sums of k numbers."""
+    return choose(configs(dtype, target(device), even=k % 64 == 0), m, n, multiprocessors(device))
 
 
 def _rows(x):
@@ -123,7 +129,7 @@ def configs(dtype, target: str, even: bool) -> list[dict]:
     Rows that start anywhere are loaded number by number, which takes registers from the tiles.
     """
     if not even:
-        return [blocks(64, 32, 32, 8, 2)]
+        return [blocks(64, 32, 32, 8, 2, even)]
     if dtype in (torch.float32, torch.float64) or target == "interpreter":
         return [blocks(64, 32, 32, 8, 2)]
     return {

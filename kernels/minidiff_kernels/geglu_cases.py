@@ -5,11 +5,28 @@ import torch.nn.functional as F
 import triton.language as tl
 
 from minidiff_kernels.case import TARGETS, KernelCase, specialized
-from minidiff_kernels.geglu import TILE, _geglu, _geglu_linear, configs, geglu, geglu_linear
+from minidiff_kernels.geglu import (
+    TILE,
+    _geglu,
+    _geglu_linear,
+    _launch_linear,
+    configs,
+    geglu,
+    geglu_linear,
+    pick,
+)
+from minidiff_kernels.products import blocks
 from minidiff_kernels.shapes import GEGLU
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 3e-3, "bf16": 2e-2, "fp32": 1e-5}  # as in the tests
+CANDIDATES = [  # blocks for sm_90 beside those that are launched, to time them
+    blocks(128, 128, 64, 8, 4),
+    blocks(256, 64, 64, 8, 3),
+    blocks(128, 64, 64, 8, 4),
+    blocks(128, 64, 64, 4, 3),
+    blocks(64, 128, 64, 4, 3),
+]
 OTHERS = [((2048, 640, 2560), "bf16"), ((2048, 640, 2560), "fp32"), ((2000, 1000, 1001), "fp16")]
 GATES = [((8192, 1280), "fp16"), ((2048, 2560), "bf16"), ((512, 5120), "fp32")]  # rows, C: without a product
 
@@ -20,13 +37,12 @@ def _linear_case(shape, where, dtype="fp16") -> KernelCase:
     numbers = {"M": m, "N": n, "K": k, "stride_xm": k, "stride_wn": k}
     given = specialized(dict.fromkeys(names, f"*{dtype}"), numbers, ["M"])
     given["constexprs"]["ACC"] = tl.float32
-    even = k % 64 == 0
-    found = [{"targets": (t,), "EVEN": even} | config
-             for t in TARGETS for config in configs(DTYPES[dtype], t, even)]  # fmt: skip
+    found = [(t, config) for t in TARGETS for config in configs(DTYPES[dtype], t, even=k % 64 == 0)]
+    found += [("sm_90", config) for config in CANDIDATES if where]
     return KernelCase(
         name="/".join(["geglu", f"k{k}", f"n{n}", f"m{m}"] + [dtype] * (dtype != "fp16")),
         kernel=_geglu_linear,
-        configs=found,
+        configs=[{"targets": (t,)} | config for t, config in found],
         op="geglu",
         shape=shape,
         dtype=dtype,
@@ -34,6 +50,8 @@ def _linear_case(shape, where, dtype="fp16") -> KernelCase:
         make_inputs=lambda device: _inputs((m, k, n), dtype, device),
         tiny_inputs=lambda device: _inputs((70, 64 + k % 64, 80), dtype, device),
         run=geglu_linear,
+        launch=lambda config, x, weight, bias: _launch_linear(x, weight, bias, config),
+        pick=lambda device: pick(DTYPES[dtype], device, m, n, k),
         reference=reference,
         flops=4 * m * n * k,
         bytes=(m * k + 2 * n * k + m * n) * DTYPES[dtype].itemsize,

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minidiff_kernels.launch import check_shapes, check_tensors, differentiable, on_device, sum_dtype
+from minidiff_kernels.launch import OPTIONS, check_shapes, check_tensors, differentiable, on_device, sum_dtype
 
 ONE_BLOCK = (
     32768  # numbers of a group, padded to powers of two, that one block keeps: 64 registers in 512 threads
@@ -113,20 +113,27 @@ def blocks(channels, pixels, num_groups, channels_last) -> Blocks:
     else:  # neighbours in memory are pixels
         height = min(TILE, triton.next_power_of_2(pixels))
         width = min(TILE // height, triton.next_power_of_2(channels))
-    chunks = max(1, MAX_BLOCKS // triton.cdiv(channels, width))
+    return chunked(channels, pixels, height, width, 8, MAX_BLOCKS)
+
+
+def chunked(channels, pixels, height, width, num_warps, most) -> Blocks:
+    """Tiles of height pixels and width channels, and chunks so long that a picture has most blocks."""
+    chunks = max(1, most // triton.cdiv(channels, width))
     tiles = triton.cdiv(pixels, height)
-    return Blocks(height, width, 8, triton.cdiv(tiles, chunks) * height)
+    return Blocks(height, width, num_warps, triton.cdiv(tiles, chunks) * height)
 
 
-def _launch(x, num_groups, weight, bias, eps, silu, temb):
+def _launch(x, num_groups, weight, bias, eps, silu, temb, cut=None):
+    # cut: other blocks than those of `blocks`, to time them
     batch, channels = x.shape[:2]
     pixels = math.prod(x.shape[2:])
     x, y, strides = _flat(x, pixels)
     if y.numel() == 0:
         return y
     weight, bias, temb = (t if t is None else t.contiguous() for t in (weight, bias, temb))
-    cut = blocks(channels, pixels, num_groups, channels_last=strides[5] == 1 and pixels > 1)
-    tile = {"ACC": sum_dtype(x), "BLOCK_N": cut.BLOCK_N, "BLOCK_C": cut.BLOCK_C, "num_warps": cut.num_warps}
+    cut = cut or blocks(channels, pixels, num_groups, channels_last=strides[5] == 1 and pixels > 1)
+    tile = OPTIONS | {"ACC": sum_dtype(x), "num_warps": cut.num_warps}
+    tile |= {"BLOCK_N": cut.BLOCK_N, "BLOCK_C": cut.BLOCK_C}
     sizes = (channels, pixels, *strides)
     per_group = channels // num_groups
     with on_device(x):
@@ -141,7 +148,8 @@ def _launch(x, num_groups, weight, bias, eps, silu, temb):
         _moments[grid](x, *moments, cut.chunk_pixels, channels, pixels, *strides[:3], **tile)
         _tables[(batch * num_groups,)](x, *moments, table, weight, bias, temb, per_group, chunks,
                                        cut.chunk_pixels, channels, pixels, strides[0], strides[2],
-                                       EPS=eps, ACC=tile["ACC"], BLOCK=TABLE_BLOCK, num_warps=4)  # fmt: skip
+                                       EPS=eps, ACC=tile["ACC"], BLOCK=TABLE_BLOCK, num_warps=4,
+                                       **OPTIONS)  # fmt: skip
         tile["BLOCK_N"] *= 2  # stores keep the next loads back, so it loads more at a time
         _apply[grid](x, y, table, cut.chunk_pixels, *sizes, SILU=silu, **tile)
     return y
@@ -172,6 +180,11 @@ def _load_or(default: tl.constexpr, ptr, at, inside, ACC: tl.constexpr):
 
 
 @triton.jit
+def _silu(y):
+    return y / (1.0 + tl.exp2(-1.4426950408889634 * y))  # exp would handle results that vanish beside 1
+
+
+@triton.jit
 def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, channels, pixels,
                     stride_xb, stride_xn, stride_xc, stride_yb, stride_yn, stride_yc,
                     PER_GROUP: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
@@ -195,7 +208,7 @@ def _norm_one_block(x_ptr, y_ptr, weight_ptr, bias_ptr, temb_ptr, channels, pixe
     y *= _load_or(1.0, weight_ptr, c, j < PER_GROUP, ACC)[None, :]
     y += _load_or(0.0, bias_ptr, c, j < PER_GROUP, ACC)[None, :]
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        y = _silu(y)
     y_ptr += b * stride_yb + first_channel.to(tl.int64) * stride_yc
     tl.store(y_ptr + n * stride_yn + (j * stride_yc)[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -333,7 +346,7 @@ def _apply(x_ptr, y_ptr, table_ptr, chunk_pixels, channels, pixels,
         x = tl.load(x_at, mask=inside, other=0.0).to(ACC)
         y = (x - center) * scale + shift
         if SILU:
-            y = y / (1.0 + tl.exp(-y))
+            y = _silu(y)
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
         x_at += BLOCK_N * stride_xn
         y_at += BLOCK_N * stride_yn

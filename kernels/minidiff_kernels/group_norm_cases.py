@@ -11,11 +11,14 @@ from minidiff_kernels.case import KernelCase, specialized
 from minidiff_kernels.group_norm import (
     TABLE_BLOCK,
     UNSPECIALIZED,
+    Blocks,
     _apply,
+    _launch,
     _moments,
     _norm_one_block,
     _tables,
     blocks,
+    chunked,
     group_norm,
 )
 from minidiff_kernels.shapes import GROUP_NORM
@@ -23,6 +26,13 @@ from minidiff_kernels.shapes import GROUP_NORM
 GROUPS, EPS = 32, 1e-5
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 2e-3, "bf16": 2e-2, "fp32": 1e-5}  # as in the tests
+# Blocks for sm_90 beside those that are launched, to time them: pixels and channels of a tile, warps, and the
+# most blocks of a picture; or the warps of a block that has a group.
+CANDIDATES = (
+    *((16, 64, 4, 512), (16, 64, 4, 1024), (32, 64, 4, 512), (32, 64, 8, 256), (32, 64, 8, 1024)),
+    (64, 64, 8, 512),
+)
+WARPS = (4, 8, 16)
 OTHERS = [  # shape, dtype, channels_last, temb
     *(((2, channels, side, side, True), "fp16", True, True)
       for channels, side in ((320, 64), (1280, 16), (1280, 8))),
@@ -39,7 +49,7 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
     batch, channels, height, width, silu = shape
     pixels, per_group = height * width, channels // GROUPS
     cut = blocks(channels, pixels, GROUPS, last)
-    tile = {"BLOCK_N": cut.BLOCK_N, "BLOCK_C": cut.BLOCK_C, "num_warps": cut.num_warps}
+    choices = [cut, *(_candidates(cut, channels, pixels) if where else ())]
     name = _name(shape, dtype, last, temb)
     common = {"op": "group_norm", "shape": shape[:4], "dtype": dtype, "where": where}
     steps = (channels, 1) if last else (1, pixels)
@@ -50,17 +60,29 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
     types |= {"temb_ptr": f"*{dtype}" if temb else None}
     constants = {"PER_GROUP": per_group, "EPS": EPS, "SILU": silu, "ACC": tl.float32}
 
-    def case(suffix, kernel, config, **others):
+    def tiles(factor):
+        """What a pass is compiled for: the tile of each choice, factor times as high."""
+        found = {}
+        for choice in choices:  # the first is launched, on all targets
+            height, *tile, _ = choice
+            found.setdefault((factor * height, *tile), {} if choice is cut else {"targets": ("sm_90",)})
+        return [dict(zip(("BLOCK_N", "BLOCK_C", "num_warps"), tile, strict=True)) | targets
+                for tile, targets in found.items()]  # fmt: skip
+
+    def case(suffix, kernel, configs, **others):
         names = kernel.arg_names
         given = [{name: table[name] for name in names if name in table} for table in (types, numbers)]
         given = specialized(*given, UNSPECIALIZED if kernel is _tables else ())
         given["constexprs"] |= {name: value for name, value in constants.items() if name in names}
-        return KernelCase(name=name + suffix, kernel=kernel, configs=[config], **given, **common, **others)
+        return KernelCase(name=name + suffix, kernel=kernel, configs=configs, **given, **common, **others)
 
     run = {
         "make_inputs": lambda device: _inputs(shape, GROUPS, dtype, last, temb, device),
         "tiny_inputs": lambda device: _tiny(per_group, pixels, cut, dtype, last, temb, silu, device),
         "run": _run,
+        "launch": lambda config, **inputs: _run(**inputs, cut=Blocks(**config)),
+        "pick": lambda device: cut._asdict(),
+        "choices": (cut._asdict(), *(choice._asdict() | {"targets": ("sm_90",)} for choice in choices[1:])),
         "reference": reference,
         "flops": 12 * batch * channels * pixels,
         "bytes": (2 if cut.chunk_pixels is None else 3) * batch * channels * pixels * DTYPES[dtype].itemsize,
@@ -68,7 +90,7 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
         "rtol": TOLERANCES[dtype],
     }
     if cut.chunk_pixels is None:
-        return [case("", _norm_one_block, tile, **run)]
+        return [case("", _norm_one_block, tiles(1), **run)]
     numbers |= {
         "per_group": per_group,
         "chunk_pixels": cut.chunk_pixels,
@@ -76,10 +98,18 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
     }
     types |= dict.fromkeys(("mean_ptr", "squares_ptr", "table_ptr"), "*fp32")
     return [
-        case("/moments", _moments, tile),
-        case("/tables", _tables, {"BLOCK": TABLE_BLOCK, "num_warps": 4}),
-        case("", _apply, tile | {"BLOCK_N": 2 * cut.BLOCK_N}, **run),
+        case("/moments", _moments, tiles(1)),
+        case("/tables", _tables, [{"BLOCK": TABLE_BLOCK, "num_warps": 4}]),
+        case("", _apply, tiles(2), **run),
     ]
+
+
+def _candidates(cut, channels, pixels):
+    if cut.chunk_pixels is None:
+        fitting = [warps for warps in WARPS if 2048 * warps >= cut.BLOCK_N * cut.BLOCK_C]  # 64 a thread
+        return [cut._replace(num_warps=warps) for warps in fitting if warps != cut.num_warps]
+    others = [chunked(channels, pixels, *candidate) for candidate in CANDIDATES]
+    return [other for other in dict.fromkeys(others) if other != cut]
 
 
 def _name(shape, dtype, last, temb):
@@ -107,7 +137,9 @@ def _inputs(shape, num_groups, dtype, last, temb, device):
     return {"x": x, "weight": weight, "bias": bias, "num_groups": num_groups, "silu": silu, **added}
 
 
-def _run(x, weight, bias, num_groups, silu, temb=None):
+def _run(x, weight, bias, num_groups, silu, temb=None, cut=None):
+    if cut is not None:
+        return _launch(x, num_groups, weight, bias, EPS, silu, temb, cut)
     return group_norm(x, num_groups, weight, bias, EPS, silu, temb)
 
 

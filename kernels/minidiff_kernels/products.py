@@ -20,9 +20,10 @@ def choose(configs, rows, columns, tiles) -> dict:
     return configs[-1]
 
 
-def blocks(m, n, k, num_warps, num_stages) -> dict:
-    """A config of a kernel that multiplies matrices."""
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+def blocks(m, n, k, num_warps, num_stages, even=True) -> dict:
+    """A config of a kernel that multiplies matrices; even: sums end where a block of k does."""
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EVEN": even}
+    return sizes | {"num_warps": num_warps, "num_stages": num_stages}
 
 
 @triton.jit

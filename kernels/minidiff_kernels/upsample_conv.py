@@ -35,6 +35,7 @@ import triton.language as tl
 
 from minidiff_kernels.launch import (
     INTERPRETED,
+    OPTIONS,
     check_shapes,
     check_tensors,
     differentiable,
@@ -90,9 +91,8 @@ def fold(weight) -> torch.Tensor:
     if folded.numel() > 0:
         with on_device(weight):
             grid = (triton.cdiv(n * k, FOLD_BLOCK),)
-            _fold[grid](
-                weight.detach(), folded, n * k, k, *weight.stride(), ACC=sum_dtype(weight), BLOCK=FOLD_BLOCK
-            )
+            _fold[grid](weight.detach(), folded, n * k, k, *weight.stride(), ACC=sum_dtype(weight),
+                        BLOCK=FOLD_BLOCK, **OPTIONS)  # fmt: skip
     return folded
 
 
@@ -100,7 +100,8 @@ def _recompute(x, weight, bias):
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
 
 
-def _launch(x, folded, bias):
+def _launch(x, folded, bias, config=None):
+    # config: blocks other than pick's, to time them
     batch, k, height, width = x.shape
     n = folded.shape[4]
     last = x.stride(1) == 1 and not x.is_contiguous()
@@ -110,15 +111,19 @@ def _launch(x, folded, bias):
         x = x if last else x.contiguous(memory_format=torch.channels_last)
         bias = None if bias is None else bias.contiguous()
         rows = batch * height * width
-        each = triton.cdiv(multiprocessors(x.device), 4)
-        even = k % 64 == 0
-        config = choose(configs(x.dtype, target(x.device), even), rows, n, each)  # tiles of a phase
+        config = config or pick(x.dtype, x.device, rows, n, k)
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), 4)
         with on_device(x):
             strides = x.stride(0), x.stride(2), x.stride(3)
             _phase_conv[grid](x, folded, bias, y, rows, n, k, height, width, *strides, ACC=sum_dtype(x),
-                              EVEN=even, **config)  # fmt: skip
+                              **config, **OPTIONS)  # fmt: skip
     return y if last else y.contiguous()
+
+
+def pick(dtype, device, rows, n, k) -> dict:
+    """The config for pictures of so many pixels together, n channels and sums of k."""
+    tiles = triton.cdiv(multiprocessors(device), 4)  # of a phase
+    return choose(configs(dtype, target(device), even=k % 64 == 0), rows, n, tiles)
 
 
 def configs(dtype, target: str, even: bool) -> list[dict]:
@@ -127,7 +132,7 @@ def configs(dtype, target: str, even: bool) -> list[dict]:
     Rows that start anywhere are loaded number by number, which takes registers from the tiles.
     """
     if not even:
-        return [blocks(64, 32, 32, 8, 2)]
+        return [blocks(64, 32, 32, 8, 2, even)]
     if dtype in (torch.float32, torch.float64) or target == "interpreter":
         return [blocks(64, 64, 32, 8, 2)]
     return {
@@ -193,25 +198,29 @@ def _phase_conv(x_ptr, folded_ptr, bias_ptr, y_ptr, M, N, K, height, width, stri
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     b, pixel = m // (height * width), m % (height * width)
     i, j = pixel // width, pixel % width
-    x_ptr += (p - 1) * stride_xh + (q - 1) * stride_xw
-    x_at = x_ptr + (b * stride_xb + i * stride_xh + j * stride_xw)[:, None]  # (BLOCK_M, 1): the first tap
+    row, column = i + p - 1, j + q - 1  # of the first tap
+    x_at = x_ptr + (b * stride_xb + row * stride_xh + column * stride_xw)[:, None]  # (BLOCK_M, 1)
+    top, bottom = (m < M) & (row >= 0), (m < M) & (row + 1 < height)
+    left, right = column >= 0, column + 1 < width
+    inside = (top & left).to(tl.int32) + (top & right).to(tl.int32) * 2  # a bit for each tap
+    inside += (bottom & left).to(tl.int32) * 4 + (bottom & right).to(tl.int32) * 8
     w_at = (
         folded_ptr + tl.program_id(1).to(tl.int64) * 4 * N * K + (n.to(tl.int64) * K)[None, :]
     )  # (1, BLOCK_N)
-    steps = tl.cdiv(K, BLOCK_K)  # of a tap
+    tap, first = 0, 0  # counted along: dividing in each step would take longer
     out = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for step in range(4 * steps):
-        tap = step // steps
-        k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        row, column = i + (p - 1 + tap // 2), j + (q - 1 + tap % 2)
-        inside = (m < M) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        x_inside, w_inside = inside[:, None], (n < N)[None, :]
+    for _ in range(4 * tl.cdiv(K, BLOCK_K)):
+        k = first + tl.arange(0, BLOCK_K)
+        x_inside, w_inside = ((inside >> tap) & 1 != 0)[:, None], (n < N)[None, :]
         if not EVEN:
             x_inside, w_inside = x_inside & (k < K)[None, :], w_inside & (k < K)[:, None]
         near = (tap // 2) * stride_xh + (tap % 2) * stride_xw
         x = tl.load(x_at + (near + k)[None, :], mask=x_inside, other=0.0)  # (BLOCK_M, BLOCK_K)
         w = tl.load(w_at + (tap * N * K + k)[:, None], mask=w_inside, other=0.0)  # (BLOCK_K, BLOCK_N)
         out = add_product(out, x, w)
+        first += BLOCK_K
+        tap += tl.where(first >= K, 1, 0)
+        first = tl.where(first >= K, 0, first)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(ACC)[None, :]
     y_at = y_ptr + (((b * height + i) * 2 + p) * 2 * width + 2 * j + q)[:, None] * N + n[None, :]

@@ -5,19 +5,28 @@ import torch.nn.functional as F
 import triton.language as tl
 
 from minidiff_kernels.case import TARGETS, KernelCase, specialized
+from minidiff_kernels.products import blocks
 from minidiff_kernels.shapes import UPSAMPLE_CONV
 from minidiff_kernels.upsample_conv import (
     FOLD_BLOCK,
     UNSPECIALIZED,
     _fold,
+    _launch,
     _phase_conv,
     configs,
     fold,
+    pick,
     upsample_conv,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCES = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 1e-5}  # as in the tests
+CANDIDATES = [  # blocks for sm_90 beside those that are launched, to time them
+    blocks(128, 256, 64, 8, 4),
+    blocks(128, 128, 64, 8, 4),
+    blocks(128, 64, 64, 4, 4),
+    blocks(64, 128, 64, 4, 4),
+]
 OTHERS = [((1, 640, 32, 32), "bf16"), ((1, 640, 32, 32), "fp32"), ((1, 100, 30, 31), "fp16")]
 
 
@@ -29,15 +38,14 @@ def _case(shape, where, dtype="fp16") -> KernelCase:
     names = ("x_ptr", "folded_ptr", "bias_ptr", "y_ptr")
     given = specialized(dict.fromkeys(names, f"*{dtype}"), numbers | strides, UNSPECIALIZED)
     given["constexprs"]["ACC"] = tl.float32
-    even = channels % 64 == 0
-    found = [{"targets": (t,), "EVEN": even} | config
-             for t in TARGETS for config in configs(DTYPES[dtype], t, even)]  # fmt: skip
+    found = [(t, config) for t in TARGETS for config in configs(DTYPES[dtype], t, even=channels % 64 == 0)]
+    found += [("sm_90", config) for config in CANDIDATES if where and channels % config["BLOCK_N"] == 0]
     itemsize = DTYPES[dtype].itemsize
     name = ["upsample_conv", f"c{channels}", f"{height}x{width}", f"b{batch}"]
     return KernelCase(
         name="/".join(name + [dtype] * (dtype != "fp16")),
         kernel=_phase_conv,
-        configs=found,
+        configs=[{"targets": (t,)} | config for t, config in found],
         op="upsample_conv",
         shape=(*shape, channels),
         dtype=dtype,
@@ -45,6 +53,8 @@ def _case(shape, where, dtype="fp16") -> KernelCase:
         make_inputs=lambda device: _inputs(shape, dtype, device),
         tiny_inputs=lambda device: _inputs((1, 64 + channels % 64, 5, 7), dtype, device),
         run=upsample_conv,
+        launch=lambda config, x, weight, bias, folded: _launch(x, folded, bias, config),
+        pick=lambda device: pick(DTYPES[dtype], device, batch * pixels, channels, channels),
         reference=reference,
         flops=32 * batch * pixels * channels**2,
         bytes=(5 * batch * pixels * channels + 16 * channels**2) * itemsize,
