@@ -2,8 +2,8 @@
 
 Each rewrite computes the same function as the plain layer, in another order of rounding; weights and
 `state_dict()` stay as they are. Read `rewrite.py` for how, then the rewrites: `onednn.py` (weights packed
-once, on a CPU), `layers.py` (joined projections, folded upsampling), `steps.py` (what is computed once a
-prompt or once a step), `winograd.py`. `graphs.py` records a U-Net's step as a CUDA graph.
+once, on a CPU), `layers.py` (joined projections, folded upsampling), `norms.py`, `steps.py` (what is computed
+once a prompt or once a step), `winograd.py`. `graphs.py` records a U-Net's step as a CUDA graph.
 """
 
 import logging
@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from minidiff import backends
-from minidiff.models.layers import Attention, Upsample2D
+from minidiff.models.layers import Attention, GroupNorm, Upsample2D
 from minidiff.models.unet import GEGLU, UNet2DConditionModel
 from minidiff.models.unet_ddpm import UNet2DModel
 from minidiff.optimization import onednn, winograd
 from minidiff.optimization.graphs import GraphedStep
 from minidiff.optimization.layers import FoldedUpsample, JoinedAttention, KernelGEGLU, KernelUpsample
+from minidiff.optimization.norms import ChannelsLastNorm
 from minidiff.optimization.rewrite import Rewrite, restore, rewrite_of
 from minidiff.optimization.steps import Step
 
@@ -94,8 +95,9 @@ def _for_cpu(layer, with_winograd) -> Rewrite | None:
     """The rewrite of this layer; None if it stays plain."""
     if type(layer) is Attention and layer.to_k.in_features == layer.to_q.in_features:
         return JoinedAttention(layer)
-    if isinstance(layer, Upsample2D):
-        return FoldedUpsample(layer) if layer.backend == "torch" else None
+    if isinstance(layer, GroupNorm | Upsample2D):
+        rewrite = ChannelsLastNorm if isinstance(layer, GroupNorm) else FoldedUpsample
+        return rewrite(layer) if layer.backend == "torch" else None
     if type(layer) is nn.Conv2d:
         return (winograd.WinogradConv if with_winograd and winograd.fits(layer) else onednn.PackedConv)(layer)
     return onednn.PackedLinear(layer) if type(layer) is nn.Linear else None
