@@ -41,6 +41,7 @@ ABSENT = {  # what diffusers' pipelines have -> what to do here
     "prepare_extra_step_kwargs": "minidiff.sampling.sample gives each scheduler's step what it takes",
     "decode_latents": "write pipe.image_processor.postprocess(pipe.vae.decode(latents / "
                       "pipe.vae.config.scaling_factor).sample)",
+    "upcast_vae": "a float16 decoder that would overflow runs in float32 by itself, so leave this line out",
     "run_safety_checker": "minidiff has no safety checker, so leave this line out",
     "push_to_hub": "write pipe.save_pretrained(folder), and send the folder with huggingface_hub",
 }  # fmt: skip
