@@ -2,8 +2,8 @@
 
 Start with `stable_diffusion.py`, whose `__call__` is that story; `img2img.py` begins it with a picture,
 `inpaint.py` with a picture and a mask; `ddpm.py` is the same without words; `stable_diffusion_xl.py` has two
-text encoders; `base.py` loads, saves and moves the parts; `auto.py` picks a class for a task; `porting.py` has
-what scripts for diffusers use besides.
+text encoders; `base.py` loads, saves and moves the parts; `auto.py` picks a class for a task; `porting.py`
+has what scripts for diffusers use besides.
 """
 
 from minidiff.pipelines.auto import (
