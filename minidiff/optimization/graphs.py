@@ -6,11 +6,13 @@ them, on the same addresses; so what goes in is copied to fixed buffers, the tim
 """
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
 
+from minidiff.backends import BackendUnavailable
 from minidiff.models.layers import Output, as_timesteps
-from minidiff.optimization.rewrite import rewrite_of
+from minidiff.optimization.rewrite import autocast_to, rewrite_of
 from minidiff.optimization.steps import Step, tensors_in
 
 MOST_GRAPHS = 4  # shapes of which a recording is kept; each holds the memory of one step
@@ -19,6 +21,9 @@ WARM_UP = 3  # steps before a recording, in which kernels are compiled and libra
 
 def record(function, device):
     """function() as a CUDA graph: a function that replays it and returns the same tensor, with new values."""
+    if device.type != "cuda":
+        raise BackendUnavailable(f"a compiled U-Net needs a GPU, and this one is on {device}; move it back, "
+                                 "or undo it with minidiff.optimization.restore(unet)")  # fmt: skip
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -58,32 +63,52 @@ class GraphedStep(Step):
         for layer in self.layer.modules():
             if (rewrite := rewrite_of(layer)) is not None:
                 rewrite.prepare()
-        sample = self._replay(given).clone()  # the buffer is overwritten by the next step
+        sample = self._replay(given)  # a buffer, which is overwritten by the next step
+        sample = sample.clone(memory_format=torch.contiguous_format)
         return Output(sample=sample) if return_dict else (sample,)
 
     def _replay(self, given):
         """The result in a buffer."""
-        ends = self.layer.conv_in.weight.data_ptr(), self.layer.conv_out.weight.data_ptr()
-        addresses = [*ends, *self.keys.addresses]
+        addresses = [weight.data_ptr() for weight in self.layer.parameters()]
         if addresses != self.addresses:  # the model was moved: recordings point to where it was
             self.recorded.clear()
             self.addresses = addresses
-        shapes = repr(_map(lambda x: (tuple(x.shape), x.dtype, x.device), given))
+        everything = {
+            "given": given,
+            "keys": self.keys.current,
+            "autocast": autocast_to(given["sample"].device),
+        }
+        shapes = repr(_map(lambda x: (tuple(x.shape), x.dtype, x.device), everything))
         if shapes not in self.recorded:
             while len(self.recorded) >= MOST_GRAPHS:
                 self.recorded.popitem(last=False)
-            buffers = _map(_buffer, given)
-            step = super().run
-            with torch.no_grad():
-                replay = self.record(
-                    lambda: step(buffers | {"return_dict": False})[0], given["sample"].device
-                )
-            self.recorded[shapes] = buffers, replay
+            self.recorded[shapes] = self._record(given)
         self.recorded.move_to_end(shapes)
-        buffers, replay = self.recorded[shapes]
-        for buffer, value in zip(tensors_in(buffers), tensors_in(given), strict=True):
-            buffer.copy_(value)
-        return replay()
+        recording = self.recorded[shapes]
+        _fill(recording.given, given)
+        if recording.source is not self.keys.current:  # another text
+            _fill(recording.keys, self.keys.current)
+            recording.source = self.keys.current
+        return recording.replay()
+
+    @torch.inference_mode(False)  # whose tensors could not be filled outside it
+    @torch.no_grad()
+    def _record(self, given):
+        device = given["sample"].device
+        buffers, keys = _map(_buffer, given), _map(torch.clone, self.keys.current)
+        step, dtype = super().run, autocast_to(device)
+        # autocast's own copies of weights would be gone when the recording reads them
+        with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            replay = self.record(lambda: step(buffers | {"return_dict": False}, keys)[0], device)
+        return SimpleNamespace(given=buffers, keys=keys, source=self.keys.current, replay=replay)
+
+    def __getstate__(self):
+        return self.__dict__ | {"recorded": OrderedDict(), "addresses": None}  # for copies
+
+
+def _fill(buffers, values):
+    for buffer, value in zip(tensors_in(buffers), tensors_in(values), strict=True):
+        buffer.copy_(value)
 
 
 def _buffer(x):

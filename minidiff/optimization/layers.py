@@ -9,10 +9,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from minidiff.optimization import onednn
-from minidiff.optimization.rewrite import Derived, Rewrite, makes_gradients
+from minidiff.optimization.rewrite import Derived, Rewrite, autocast_to, makes_gradients, says_all
 
 
 class Joined:
@@ -34,6 +33,10 @@ class Joined:
             return onednn.linear(x, self.packed(*weights, more=(onednn.rows_of(x),)), bias)
         return F.linear(x, self.weight(*weights), bias)
 
+    def pays(self, x) -> bool:
+        """Whether x may be multiplied by joined weights, which don't have to be joined in each call."""
+        return not (makes_gradients(x, *self.tensors) or self.linears[0].weight.is_inference())
+
     def prepare(self):
         """Brings weight and bias up to date."""
         self.weight(*self.tensors[: len(self.linears)])
@@ -50,7 +53,10 @@ def _join_and_pack(*weights_and_rows):
 
 
 class JoinedAttention(Rewrite):
-    """The forward of an Attention; with queries from elsewhere, or for gradients, as it was: (B, T, C)."""
+    """The forward of an Attention: (B, T, C) -> (B, T, C).
+
+    With keys from elsewhere, for gradients, and where hooks or adapters want each projection, as it was.
+    """
 
     def __init__(self, layer):
         super().__init__(layer)
@@ -58,10 +64,12 @@ class JoinedAttention(Rewrite):
         self.joined = Joined(self.covers)
 
     def __call__(self, hidden_states, encoder_hidden_states=None, mask=None):
-        if encoder_hidden_states is not None or makes_gradients(hidden_states, *self.joined.tensors):
+        layer = self.layer
+        as_made = self.covers == (layer.to_q, layer.to_k, layer.to_v) and says_all(*self.covers)
+        if encoder_hidden_states is not None or not as_made or not self.joined.pays(hidden_states):
             return self.plain(hidden_states, encoder_hidden_states, mask)
-        qkv = self.joined(hidden_states).unflatten(-1, (3, self.layer.num_heads, -1))  # (B, T, 3, heads, D)
-        return self.layer.attend(*qkv.permute(2, 0, 3, 1, 4), mask)
+        qkv = self.joined(hidden_states).unflatten(-1, (3, layer.num_heads, -1))  # (B, T, 3, heads, D)
+        return layer.attend(*qkv.permute(2, 0, 3, 1, 4), mask)
 
     def prepare(self):
         self.joined.prepare()
@@ -70,16 +78,18 @@ class JoinedAttention(Rewrite):
 class JoinedTimes:
     """The time's projections in the residual blocks of a U-Net: in each step the first asks for all.
 
-    Between `begin` and `end` all blocks get the same time; elsewhere each projects what it is given.
+    Between `begin` and `end` all blocks get the same time; elsewhere each projects what it is given. passed:
+    the modules through which the time comes to them; hooks that may change it on the way end the sharing.
     """
 
-    def __init__(self, linears):
+    def __init__(self, linears, passed=()):
         self.joined, self.running, self.results = Joined(linears), False, None
+        self.passed = [*passed, *self.joined.linears]
         self.parts = [TimePart(linear, self, number) for number, linear in enumerate(self.joined.linears)]
 
     def begin(self):
         """A step begins."""
-        self.running, self.results = True, None
+        self.running, self.results = not any(one._forward_pre_hooks for one in self.passed), None
 
     def end(self):
         """The step is over."""
@@ -104,7 +114,9 @@ class TimePart(Rewrite):
         self.times, self.number = times, number
 
     def __call__(self, x):
-        return self.times.part(self.number, x) if self.times.running else self.plain(x)
+        times = self.times
+        shared = times.running and (times.results is not None or times.joined.pays(x))
+        return times.part(self.number, x) if shared else self.plain(x)
 
     def prepare(self):
         if self.number == 0:
@@ -126,7 +138,8 @@ class FoldedUpsample(Rewrite):
 
     def __call__(self, x, size=None):
         weight, bias = self.layer.conv.weight, self.layer.conv.bias
-        if not doubles(x, size) or not onednn.takes(x, weight, bias):
+        plain = self.layer.backend != "torch" or x.shape[1] != weight.shape[1]
+        if plain or not doubles(x, size) or not onednn.takes(x, weight, bias):
             return self.plain(x, size)
         batch, channels, height, width = x.shape
         x = F.pad(x, (1, 1, 1, 1))  # (B, C, H + 2, W + 2)
@@ -162,32 +175,56 @@ def _fold_and_pack(weight, shape):
     return [onednn.pack_conv(kernel, shape, *UNPADDED) for kernel in fold(weight)]
 
 
-class KernelUpsample(Rewrite):
+class KernelRewrite(Rewrite):
+    """A forward by a kernel, where the layer was when it was rewritten: on one GPU."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.device = next(layer.parameters()).device
+
+    def runs(self, x, weight, bias) -> bool:
+        """Whether the kernel is to do it: not for gradients, nor where another version was asked for."""
+        other = getattr(self.layer, "backend_chosen", False) and self.layer.backend != "triton"
+        here = x.device == self.device and x.dtype == weight.dtype and autocast_to(x.device) is None
+        return here and not other and not makes_gradients(x, weight, bias)
+
+
+class KernelUpsample(KernelRewrite):
     """The forward of an Upsample2D by the kernel, whose folded weights are kept; another size as it was."""
 
     def __init__(self, layer, upsample_conv, fold):
         super().__init__(layer)
-        self.upsample_conv, self.folded = upsample_conv, Derived(fold)
-        self.covers, self.device = (layer.conv,), layer.conv.weight.device
+        self.upsample_conv, self.folded, self.covers = upsample_conv, Derived(fold), (layer.conv,)
 
     def __call__(self, x, size=None):
-        conv = self.layer.conv
-        if not doubles(x, size) or x.device != self.device:
+        weight, bias = self.layer.conv.weight, self.layer.conv.bias
+        if not doubles(x, size) or not self.runs(x, weight, bias):
             return self.plain(x, size)
-        return self.upsample_conv(x, conv.weight, conv.bias, self.folded(conv.weight))
+        return self.upsample_conv(x, weight, bias, self.folded(weight))
 
     def prepare(self):
         self.folded(self.layer.conv.weight)
 
 
-class KernelGEGLU(Rewrite):
+class KernelGEGLU(KernelRewrite):
     """The forward of a GEGLU by the kernel that gates inside the product: (…, C) -> (…, width)."""
 
     def __init__(self, layer, geglu_linear):
         super().__init__(layer)
         self.geglu_linear, self.covers = geglu_linear, (layer.proj,)
-        self.device = layer.proj.weight.device
 
     def __call__(self, x):
-        proj: nn.Linear = self.layer.proj
-        return self.geglu_linear(x, proj.weight, proj.bias) if x.device == self.device else self.plain(x)
+        proj = self.layer.proj
+        if not says_all(proj) or not self.runs(x, proj.weight, proj.bias):
+            return self.plain(x)
+        return self.geglu_linear(x, proj.weight, proj.bias)
+
+
+class LastConv(Rewrite):
+    """The forward of a Conv2d on a GPU whose result leaves a model, in the order of PyTorch's new tensors.
+
+    Inside, pictures are channels_last; outside, torch.randn_like would draw other noise for them.
+    """
+
+    def __call__(self, x):
+        return self.plain(x).contiguous()

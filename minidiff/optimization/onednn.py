@@ -33,26 +33,40 @@ def takes(x, *weights) -> bool:
     """Whether x can be multiplied by these weights, packed; where it can't, the plain way is right."""
     return (
         usable(x.dtype)
+        and torch.backends.mkldnn.enabled
         and x.numel() > 0
         and all(w is None or (w.device.type == "cpu" and w.dtype == x.dtype) for w in (x, *weights))
+        and not any(w is not None and w.is_inference() for w in weights)  # packed anew in each call
         and not torch.is_autocast_enabled("cpu")
         and not makes_gradients(x, *weights)
     )
 
 
 class PackedConv(Rewrite):
-    """The forward of a Conv2d: (B, C, H, W) -> (B, C', H', W')."""
+    """The forward of a Conv2d: (B, C, H, W) -> (B, C', H', W').
 
-    def __init__(self, layer: nn.Conv2d):
+    last: the result leaves the model, in the order that the weight has. Inside, pictures are channels_last;
+    outside, torch.randn_like would draw other noise for them.
+    """
+
+    def __init__(self, layer: nn.Conv2d, last=False):
         super().__init__(layer)
-        self.options = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-        self.packed = Derived(pack_conv)
+        self.packed, self.last = Derived(pack_conv), last
+
+    def takes(self, x) -> bool:
+        """Whether x fits the weight, packed: what doesn't is for the plain layer, or for its error."""
+        layer = self.layer
+        fits = x.ndim == 4 and x.shape[1] == layer.in_channels
+        padded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return fits and padded and takes(x, layer.weight, layer.bias)
 
     def __call__(self, x):
-        weight, bias = self.layer.weight, self.layer.bias
-        if not takes(x, weight, bias):
+        if not self.takes(x):
             return self.plain(x)
-        return conv(x, self.packed(weight, more=(x.shape, *self.options)), bias, *self.options)
+        layer, weight = self.layer, self.layer.weight
+        options = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        y = conv(x, self.packed(weight, more=(x.shape, *options)), layer.bias, *options)
+        return y.contiguous() if self.last and weight.is_contiguous() else y
 
 
 class PackedLinear(Rewrite):
@@ -64,7 +78,7 @@ class PackedLinear(Rewrite):
 
     def __call__(self, x):
         weight, bias = self.layer.weight, self.layer.bias
-        if not takes(x, weight, bias):
+        if x.shape[-1] != weight.shape[1] or not takes(x, weight, bias):
             return self.plain(x)
         return linear(x, self.packed(weight, more=(rows_of(x),)), bias)
 

@@ -4,10 +4,9 @@ A `Rewrite` computes what its layer computes in another way. Weights that it wan
 folded, packed) are `Derived` from the layer's own when they are first needed, and again when those change.
 """
 
-import copy
-
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 class Rewrite:
@@ -23,8 +22,8 @@ class Rewrite:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def install(self):
-        """Makes this the layer's forward."""
-        self.layer.forward = self
+        """Makes this the layer's forward, unless somebody else has put one there."""
+        self.layer.__dict__.setdefault("forward", self)
 
     def prepare(self):
         """Brings derived weights up to date that a recorded graph reads; most have none."""
@@ -55,9 +54,10 @@ class Derived:
         self.sources = ()  # what value was made of, held so that nothing else gets its address
 
     def __call__(self, *tensors, more=()):
-        state = [more, *map(_state, tensors)]
+        state = [more, *map(state_of, tensors)]
         if state != self.state:
-            with torch.no_grad():
+            self.state = None
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors can't be changed later
                 self._keep(self.make(*tensors, *more))
             self.state, self.sources = state, [t if t is None else t.detach() for t in tensors]
         return self.value
@@ -68,15 +68,15 @@ class Derived:
         else:
             self.value = new
 
-    def __deepcopy__(self, memo):
-        return Derived(copy.deepcopy(self.make, memo))  # packed weights can't be copied
+    def __reduce__(self):
+        return Derived, (self.make,)  # copies and pickles start anew: packed weights can be neither
 
 
-def _state(tensor):
-    """What changes with a tensor's contents; tensors of torch.inference_mode count no changes."""
+def state_of(tensor):
+    """What changes with a tensor's contents. Of torch.inference_mode's tensors nothing does: never equal."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.stride(), object() if tensor.is_inference() else tensor._version
 
 
 def _alike(old, new):
@@ -86,5 +86,25 @@ def _alike(old, new):
 
 
 def makes_gradients(*tensors) -> bool:
-    """Whether autograd would record what is done with these tensors, of which some may be None."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd records what is done with these tensors, of which some may be None.
+
+    Forward mode counts too, and goes on under torch.no_grad.
+    """
+    given = [t for t in tensors if t is not None]
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return backward or any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+
+
+def says_all(*linears) -> bool:
+    """Whether weight and bias are all that there is to these layers: no hooks, no adapters in their place."""
+    return all(
+        type(one) is nn.Linear
+        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
+        for one in linears
+    )
+
+
+def autocast_to(device: torch.device):
+    """The dtype in which autocast multiplies on device; None where it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None

@@ -13,7 +13,7 @@ from torch import nn
 from minidiff.models.layers import ResnetBlock2D
 from minidiff.models.unet import BasicTransformerBlock
 from minidiff.optimization.layers import JoinedTimes
-from minidiff.optimization.rewrite import Rewrite, makes_gradients
+from minidiff.optimization.rewrite import Rewrite, autocast_to, makes_gradients, says_all, state_of
 
 
 class Step(Rewrite):
@@ -25,7 +25,7 @@ class Step(Rewrite):
     def __init__(self, unet: nn.Module):
         super().__init__(unet)
         self.signature = inspect.signature(type(unet).forward)
-        self.keys, self.times = TextKeys(unet), JoinedTimes(_time_projections(unet))
+        self.keys, self.times = TextKeys(unet), _joined_times(unet)
 
     def install(self):
         super().install()
@@ -37,7 +37,7 @@ class Step(Rewrite):
         del given["self"]
         if makes_gradients(*tensors_in(given), *self.layer.parameters()):
             return self.with_gradients(given)
-        if self.keys.parts:
+        if self.keys.parts:  # its forward asks for a text
             self.keys.update(given["encoder_hidden_states"])
         return self.run(given)
 
@@ -45,14 +45,14 @@ class Step(Rewrite):
         """The result of these arguments when autograd is to record it."""
         return self.plain(**given)
 
-    def run(self, given: dict):
-        """The plain forward of these arguments, with keys and times that are known."""
-        self.keys.running = True
+    def run(self, given: dict, keys: list | None = None):
+        """The plain forward of these arguments, with times and keys (those of the text if None) known."""
+        self.keys.used = self.keys.current if keys is None else keys
         self.times.begin()
         try:
             return self.plain(**given)
         finally:
-            self.keys.running = False
+            self.keys.used = None
             self.times.end()
 
 
@@ -65,15 +65,20 @@ def tensors_in(value) -> list[torch.Tensor]:
     return [x for entry in value for x in tensors_in(entry)] if isinstance(value, list | tuple) else []
 
 
-def _time_projections(unet):
-    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
-    return [block.time_emb_proj for block in blocks if hasattr(block, "time_emb_proj")]
+def _joined_times(unet):
+    passed = [part for part in unet.modules() if part is not unet and any(map(_has_time, part.modules()))]
+    return JoinedTimes([block.time_emb_proj for block in passed if _has_time(block)], passed)
+
+
+def _has_time(layer):
+    return isinstance(layer, ResnetBlock2D) and hasattr(layer, "time_emb_proj")
 
 
 class TextKeys:
     """Keys and values of a text in all cross-attentions of a U-Net, for the text that `update` got last.
 
-    They stay at their addresses as long as texts have one shape, so that a graph may read them.
+    current: a pair (B, heads, S, D) for each of layers, or None where hooks or adapters want to be called in
+    each step. It is another list after each update. used: the pairs of the running step, None outside one.
     """
 
     def __init__(self, unet):
@@ -82,32 +87,35 @@ class TextKeys:
             if isinstance(block, BasicTransformerBlock):
                 self.layers += [block.attn1, block.attn2] if block.only_cross_attention else [block.attn2]
         self.parts = [TextAttention(layer, self, number) for number, layer in enumerate(self.layers)]
-        self.running = False
-        self.buffers, self.current = {}, []
-        self.addresses, self.text, self.state = [], None, None  # of the weights; which text came last
+        self.used = None
+        self.current, self.text, self.state = [], None, None
+        self.weights = ()  # of which current was made, held so that nothing else gets their addresses
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, text: torch.Tensor):
+    def update(self, text: torch.Tensor | None):
         """Computes keys and values of text (B, S, E), unless it is the tensor that came last, unchanged.
 
         Changes in place are noticed, of the text as of the weights; only tensors of torch.inference_mode
         do not count their changes, and are computed anew each time.
         """
-        weights = [linear.weight for layer in self.layers for linear in (layer.to_k, layer.to_v)]
-        self.addresses = [weight.data_ptr() for weight in weights]
+        pairs = [(layer.to_k, layer.to_v) for layer in self.layers]
+        pairs = [pair if text is not None and says_all(*pair) else None for pair in pairs]
+        weights = [linear.weight for pair in pairs if pair for linear in pair]
         state = None
-        if not any(tensor.is_inference() for tensor in (text, *weights)):
-            state = self.addresses, [weight._version for weight in weights], text._version
+        if text is not None and not text.is_inference():
+            state = [text._version, autocast_to(text.device), *map(state_of, weights), pairs]
         if text is self.text and state is not None and state == self.state:
             return
-        fresh = [tuple(layer.heads(project(text)).contiguous() for project in (layer.to_k, layer.to_v))
-                 for layer in self.layers]  # fmt: skip
-        shape = tuple((key.shape, key.dtype, key.device) for key, _ in fresh)
-        self.current = self.buffers.setdefault(shape, fresh)  # (B, heads, S, D) each
-        for old, new in zip(self.current, fresh, strict=True):
-            for kept, value in zip(old, new, strict=True):
-                kept.copy_(value)
-        self.text, self.state = text, state
+        current = [
+            pair and tuple(layer.heads(project(text)).contiguous() for project in pair)
+            for layer, pair in zip(self.layers, pairs, strict=True)
+        ]
+        self.current, self.text, self.state = current, text, state
+        self.weights = [weight.detach() for weight in weights]
+
+    def __getstate__(self):
+        return self.__dict__ | {"current": [], "text": None, "state": None, "weights": ()}  # for copies
 
 
 class TextAttention(Rewrite):
@@ -119,7 +127,8 @@ class TextAttention(Rewrite):
         self.covers = (layer.to_k, layer.to_v)
 
     def __call__(self, hidden_states, encoder_hidden_states=None, mask=None):
-        if not self.keys.running:
+        known = self.keys.used and self.keys.used[self.number]
+        if not known:
             return self.plain(hidden_states, encoder_hidden_states, mask)
         q = self.layer.heads(self.layer.to_q(hidden_states))  # (B, heads, T, D)
-        return self.layer.attend(q, *self.keys.current[self.number], mask)
+        return self.layer.attend(q, *known, mask)

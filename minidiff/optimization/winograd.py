@@ -27,10 +27,9 @@ class WinogradConv(onednn.PackedConv):
         self.transformed = Derived(transform_weight)
 
     def __call__(self, x):
-        weight, bias = self.layer.weight, self.layer.bias
-        if not (pays(x) and onednn.takes(x, weight, bias)):
+        if not (self.takes(x) and fits(self.layer) and pays(x)):
             return super().__call__(x)
-        return conv(x, self.transformed(weight), bias)
+        return conv(x, self.transformed(self.layer.weight), self.layer.bias)
 
 
 def fits(layer: nn.Conv2d) -> bool:
