@@ -1,14 +1,15 @@
 """A step of the U-Net, a decoding and a whole picture, at Stable Diffusion 1.5's size, beside diffusers.
 
-`python kernels/benchmarks/models.py [--results FOLDER]` writes models.jsonl and models.md into
-FOLDER/<device>. Weights are random and the same for all. Contenders take turns (ABBA); before they are timed,
-our float16 latents after 25 steps must be no further from a float32 run of diffusers than diffusers' own
-float16 ones, over four prompts. Without a GPU it ends with 2; `--dry-run` runs a tiny model on a CPU, in
-float32, once, without times.
+`python kernels/benchmarks/models.py [--minutes 9] [--results FOLDER]` adds lines to
+FOLDER/<device>/models.jsonl as it goes, writes models.md beside them, and goes on where an earlier call
+ended. Weights are random and the same for all. Contenders take turns (ABBA); before they are timed, our
+float16 latents after 25 steps must be no further from a float32 run of diffusers than diffusers' own float16
+ones, over four prompts. torch.compile's most thorough mode, which compiles for minutes, comes last, in turns
+with our CUDA graph; models.md says what is missing. Without a GPU it ends with 2; `--dry-run` goes the same
+way with a tiny model on a CPU, in float32, where nothing is compiled and no figure is kept.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from minidiff_kernels import benchmarks, measuring
+from minidiff_kernels import benchmarks, measuring, reports, verdict
 
 import minidiff
 from minidiff.checkpoints import vocabulary
@@ -79,26 +80,29 @@ def load(library, folder, device, dtype):
     return pipe
 
 
-def contenders(folder, device, dtype, compiled: bool) -> dict:
-    """{name: pipeline}; compiled: also those that compile for minutes, and our CUDA graph."""
-    found = {
-        "minidiff": load(minidiff, folder, device, dtype),
-        "diffusers": load(diffusers, folder, device, dtype),
-    }
+def contenders(folder, device, dtype) -> dict:
+    """{name: pipeline} of those that need no compiler, and ours with its CUDA graph."""
+    found = {name: load(library, folder, device, dtype)
+             for name, library in (("minidiff", minidiff), (verdict.EAGER, diffusers))}  # fmt: skip
     fused = found["diffusers, channels_last, fused QKV"] = load(diffusers, folder, device, dtype)
-    for model in (fused.unet, fused.vae):
+    ours = found[verdict.OURS] = load(minidiff, folder, device, dtype)
+    for model in (fused.unet, fused.vae, ours.vae):
         model.to(memory_format=torch.channels_last)
     fused.fuse_qkv_projections()
-    if compiled:
-        best = found["diffusers, max-autotune"] = load(diffusers, folder, device, dtype)
-        for model in (best.unet, best.vae):
-            model.to(memory_format=torch.channels_last)
-        best.unet = torch.compile(best.unet, mode="max-autotune", fullgraph=True)
-        best.vae.decode = torch.compile(best.vae.decode, mode="max-autotune", fullgraph=True)
-        ours = found["minidiff, compiled"] = load(minidiff, folder, device, dtype)
-        ours.vae.to(memory_format=torch.channels_last)
+    if device == "cuda":
         ours.compile()
     return found
+
+
+def tuned(folder, device, dtype):
+    """diffusers' pipeline, compiled as thoroughly as torch can; it compiles at its first calls."""
+    pipe = load(diffusers, folder, device, dtype)
+    for model in (pipe.unet, pipe.vae):
+        model.to(memory_format=torch.channels_last)
+    if device == "cuda":
+        pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
+    return pipe
 
 
 def latents_of(pipe, prompt, steps):
@@ -108,20 +112,25 @@ def latents_of(pipe, prompt, steps):
     return torch.as_tensor(result.images).double().cpu()
 
 
-def gate(exact, theirs, ours, steps) -> str | None:
-    """Why our pictures must not be timed; None if they are as near to the exact ones as diffusers' own."""
-    ratios = []
+def distances(exact, theirs, pipes, steps) -> list[dict]:
+    """How far each of pipes is from exact's latents, over theirs' distance: median and worst of prompts."""
+    found = {name: [] for name in pipes}
     for prompt in PROMPTS:
         right = latents_of(exact, prompt, steps)
-        distances = [
-            (latents_of(pipe, prompt, steps) - right).norm() / right.norm() for pipe in (ours, theirs)
-        ]
-        ratios.append((distances[0] / distances[1].clamp(min=1e-6)).item())
-        print(f"{prompt!r}: {distances[0]:.2e} from float32, diffusers {distances[1]:.2e}")
-    if measuring.median(ratios)[0] > 1 or max(ratios) > 1.25:
-        return (
-            f"our latents are {', '.join(f'{ratio:.2f}' for ratio in ratios)} times as far away as diffusers'"
-        )
+        theirs_off = (latents_of(theirs, prompt, steps) - right).norm() / right.norm()
+        for name, pipe in pipes.items():
+            ours_off = (latents_of(pipe, prompt, steps) - right).norm() / right.norm()
+            found[name].append((ours_off / theirs_off.clamp(min=1e-6)).item())
+            print(f"{prompt!r}: {name} {ours_off:.2e} from float32, diffusers {theirs_off:.2e}", flush=True)
+    return [{"task": verdict.LATENTS, "name": name, "ratios": ratios, "worst": max(ratios),
+             "median": measuring.median(ratios)[0]} for name, ratios in found.items()]  # fmt: skip
+
+
+def gate(row) -> str | None:
+    """Why a pipeline must not be timed; None if its latents are as near to the exact as diffusers' own."""
+    if row["median"] > 1 or row["worst"] > 1.25:
+        times = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+        return f"latents of {row['name']} are {times} times as far away as diffusers'"
     return None
 
 
@@ -134,7 +143,7 @@ def tasks(pipe, sizes, device, dtype, steps) -> dict:
     t = torch.tensor([500.0, 500.0], device=device)
     draw = partial(pipe, PROMPTS[0], num_inference_steps=steps)
     return {
-        "U-Net step, 2 rows": torch.no_grad()(lambda: pipe.unet(latents, t, embeds, return_dict=False)[0]),
+        verdict.STEP: torch.no_grad()(lambda: pipe.unet(latents, t, embeds, return_dict=False)[0]),
         "VAE decode": torch.no_grad()(lambda: pipe.vae.decode(latents[:1], return_dict=False)[0]),
         f"picture, {steps} steps": lambda: draw(generator=torch.Generator().manual_seed(0)).images[0],
     }
@@ -142,37 +151,29 @@ def tasks(pipe, sizes, device, dtype, steps) -> dict:
 
 def milliseconds(function) -> float:
     """The time of one call, from an idle GPU to an idle GPU, as a caller meets it."""
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    wait()
     start = time.perf_counter()
     function()
-    torch.cuda.synchronize()
+    wait()
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(pipes, sizes, device, dtype) -> list[dict]:
-    """A row of figures for each task, contenders in turns after a warm-up."""
-    work = {name: tasks(pipe, sizes, device, dtype, STEPS) for name, pipe in pipes.items()}
-    rows = []
-    for what in work["minidiff"]:
-        for name in work:
-            for _ in range(3):
-                work[name][what]()
-        times = {name: [] for name in work}
-        for name in measuring.turns(list(work), ROUNDS):
-            times[name].append(milliseconds(work[name][what]))
-        figures = {}
-        for name, values in times.items():
-            middle, low, high = measuring.median(values)
-            figures[name] = {"median": middle, "low": low, "high": high, "best": min(values)}
-        rows.append({"task": what, "times": figures})
-        print(what, {name: f"{figure['median']:.2f} ms" for name, figure in figures.items()}, flush=True)
-    return rows
+def measure(work, what, rounds) -> dict:
+    """The figures of one task, contenders in turns after a warm-up; work: {contender: its tasks}."""
+    for name in work:
+        for _ in range(min(rounds, 3)):
+            work[name][what]()
+    times = {name: [] for name in work}
+    for name in measuring.turns(list(work), rounds):
+        times[name].append(milliseconds(work[name][what]))
+    return {"task": what, "times": measuring.summary(times)}
 
 
 def table(rows) -> str:
-    """A Markdown table: a line for each task and contender, in milliseconds."""
+    """A Markdown table: a line for each task and contender, in milliseconds; those in turns together."""
     lines = ["| task | contender | ms | quartiles | best |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
+    for row in (row for row in rows if "times" in row):
         for name, time_ in row["times"].items():
             spread = f"{time_['low']:.2f}–{time_['high']:.2f}"
             lines.append(
@@ -181,51 +182,74 @@ def table(rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder, rows, about):
-    """Writes models.jsonl and models.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(about | row, ensure_ascii=False) for row in rows)
-    (folder / "models.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    text = f"# Stable Diffusion 1.5's size on {about['device']}\n\n{facts}\n\n{table(rows)}"
+def write(folder, missing):
+    """Writes models.md from folder's models.jsonl; missing: what was not measured."""
+    rows = reports.read(folder / "models.jsonl")
+    text = f"# Stable Diffusion 1.5's size on {rows[-1]['device']}\n\n{reports.facts_of(rows[-1])}\n"
+    text += table(rows)
+    for row in (row for row in rows if row["task"] == verdict.LATENTS):
+        text += (f"\nLatents of {row['name']}: {row['median']:.2f} times as far from float32 as diffusers' "
+                 f"own (median of prompts), {row['worst']:.2f} times at worst.\n")  # fmt: skip
+    text += f"\nNot measured: {'; '.join(missing)}.\n" if missing else ""
     (folder / "models.md").write_text(text, encoding="utf-8")
+
+
+def run(folder, results, minutes, facts, sizes, device, dtype, steps, rounds) -> int:
+    """Measures what is not yet in results: latents, tasks, then the tasks beside torch.compile."""
+    torch.backends.cudnn.allow_tf32 = False  # else float32, which ours is held against, has 10 bits
+    end = time.monotonic() + 60 * minutes
+    path = results / "models.jsonl"
+    known = reports.read(path, facts)
+    pipes = contenders(folder, device, dtype)
+    checked = [row for row in known if row["task"] == verdict.LATENTS]
+    if not checked:
+        exact = load(diffusers, folder, device, torch.float32)
+        ours = {name: pipes[name] for name in ("minidiff", verdict.OURS)}
+        checked = distances(exact, pipes[verdict.EAGER], ours, steps)
+        reports.append(path, [facts | row for row in checked])
+        del exact
+    if wrong := [line for row in checked if (line := gate(row))]:
+        print(f"NOT TIMED: {'; '.join(wrong)}", file=sys.stderr)
+        return 1
+    done = {(row["task"], tuple(row["times"])) for row in known if "times" in row}
+    beside = {verdict.OURS: pipes[verdict.OURS], verdict.TUNED: None}  # compiled when its turn comes
+    names = list(tasks(pipes["minidiff"], sizes, device, dtype, steps))
+    left = [(what, group) for group in (pipes, beside) for what in names if (what, tuple(group)) not in done]
+    while left and time.monotonic() < end:
+        what, group = left.pop(0)
+        if verdict.TUNED in group:
+            group[verdict.TUNED] = group[verdict.TUNED] or tuned(folder, device, dtype)
+        work = {name: tasks(pipe, sizes, device, dtype, steps) for name, pipe in group.items()}
+        row = measure(work, what, rounds)
+        reports.append(path, [facts | row])
+        write(results, [f"{what}, {' beside '.join(group)}" for what, group in left])
+        print(table([row]), flush=True)
+    write(results, [f"{what}, {' beside '.join(group)}" for what, group in left])
+    print(verdict.write(results))
+    return 0
 
 
 def main(argv=None) -> int:
     """The command; returns its exit status: 1 for latents that are off, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=benchmarks.RESULTS)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU, without times")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="starts nothing after them")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU, no figures are kept")
     options = parser.parse_args(argv)
     if not options.dry_run and not torch.cuda.is_available():
         print("nothing is measured: there is no GPU here; --dry-run tests the code", file=sys.stderr)
         return 2
-    device, dtype, sizes = ("cpu", torch.float32, TINY) if options.dry_run else ("cuda", torch.float16, FULL)
-    steps = 2 if options.dry_run else STEPS
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, sizes)
-        pipes = contenders(folder, device, dtype, compiled=not options.dry_run)
-        exact = load(diffusers, folder, device, torch.float32)
-    wrong = [line for name in pipes if name.startswith("minidiff")
-             if (line := gate(exact, pipes["diffusers"], pipes[name], steps))]  # fmt: skip
-    del exact
-    if wrong:
-        print(f"NOT TIMED: {'; '.join(wrong)}", file=sys.stderr)
-        return 1
-    if options.dry_run:
-        for name, pipe in pipes.items():
-            sizes_of = [
-                what for what, run in tasks(pipe, sizes, device, dtype, steps).items() if run() is not None
-            ]
-            print(f"{name}: {', '.join(sizes_of)} run")
-        return 0
-    facts = benchmarks.about()
-    rows = measure(pipes, sizes, device, dtype)
-    facts["clocks after"] = measuring.clocks()
-    write(
-        options.results / facts["device"].replace(" ", "-"), rows, facts | {"dtype": "fp16", "steps": STEPS}
-    )
-    return 0
+        if options.dry_run:
+            facts = dict.fromkeys((*reports.SAME, "commit"), "dry run") | {
+                "ceilings": {"flops": 1, "bytes": 1}
+            }
+            write_checkpoint(folder, TINY)
+            return run(folder, Path(folder), options.minutes, facts, TINY, "cpu", torch.float32, 2, 1)
+        facts = benchmarks.about() | {"dtype": "fp16", "steps": STEPS}
+        results = options.results / facts["device"].replace(" ", "-")
+        write_checkpoint(folder, FULL)
+        return run(folder, results, options.minutes, facts, FULL, "cuda", torch.float16, STEPS, ROUNDS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 12  # each times every function once, forwards or backwards in turn
-CALLS = 20  # in a warm recording
+CALLS = 20  # in a warm recording, at most
+LONG = 5.0  # milliseconds that such a recording may take
 WARM_UP = 10
 FLUSH = 256 * 2**20  # bytes, several times the L2 cache of every GPU so far
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
@@ -30,31 +31,51 @@ def turns(names: list[str], rounds: int) -> list[str]:
     return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
 
 
-def time_in_turns(functions: dict[str, Callable], cold: bool, rounds=ROUNDS) -> dict[str, list[float]]:
-    """{name: milliseconds of one call, for each round}. cold: the L2 cache holds nothing of the inputs."""
-    calls = 1 if cold else CALLS
-    graphs = {name: record(function, calls) for name, function in functions.items()}
-    flush = torch.empty(FLUSH if cold else 0, dtype=torch.int8, device="cuda")
-    times = {name: [] for name in functions}
-    for name in turns(list(functions), rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # takes longer than starting the graph: the events bracket nothing but it
-        if not cold:
-            graphs[name].replay()
-        start.record()
-        graphs[name].replay()
-        end.record()
-        end.synchronize()
-        times[name].append(start.elapsed_time(end) / calls)
+def time_in_turns(functions: dict[str, Callable], rounds=ROUNDS) -> dict[str, dict[str, list[float]]]:
+    """{"cold" or "warm": {name: milliseconds of one call, for each round}}.
+
+    cold: the L2 cache holds nothing of the inputs. warm: it holds what a call left there; as many calls in a
+    row as take some milliseconds are timed together.
+    """
+    once = {name: (record(function, 1), 1) for name, function in functions.items()}
+    often = {}
+    for name, (graph, _) in once.items():
+        graph.replay()
+        calls = min(CALLS, max(1, int(LONG / milliseconds(graph))))
+        often[name] = (record(functions[name], calls, warm_up=1), calls)
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    return {"cold": _rounds(once, rounds, flush.zero_), "warm": _rounds(often, rounds, None)}
+
+
+def _rounds(graphs, rounds, flush) -> dict[str, list[float]]:
+    """Times the calls of each of graphs, {name: (graph, calls in it)}; flush empties the L2 cache."""
+    times = {name: [] for name in graphs}
+    for name in turns(list(graphs), rounds):
+        graph, calls = graphs[name]
+        if flush is None:
+            graph.replay()
+        else:
+            flush()  # takes longer than starting the graph: the events bracket nothing but it
+        times[name].append(milliseconds(graph) / calls)
     return times
 
 
-def record(function: Callable, calls: int) -> torch.cuda.CUDAGraph:
+def milliseconds(graph) -> float:
+    """The time of one replay, by the GPU's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def record(function: Callable, calls: int, warm_up=WARM_UP) -> torch.cuda.CUDAGraph:
     """calls calls of function as a CUDA graph, after a warm-up in which kernels are compiled."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -69,11 +90,20 @@ def ceilings(dtype=torch.float16) -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     copy = torch.empty_like(source)
-    times = time_in_turns({"product": lambda: a @ b, "copy": lambda: copy.copy_(source)}, cold=True)
+    times = time_in_turns({"product": lambda: a @ b, "copy": lambda: copy.copy_(source)})["cold"]
     return {
         "flops": 2 * 8192**3 / (1e-3 * min(times["product"])),
         "bytes": 2 * 2**30 / (1e-3 * min(times["copy"])),
     }
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """{name: median, its quartiles and the best of the times}, as reports hold them."""
+    figures = {}
+    for name, values in times.items():
+        middle, low, high = median(values)
+        figures[name] = {"median": middle, "low": low, "high": high, "best": min(values)}
+    return figures
 
 
 def clocks() -> str:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+SAME = ("device", "torch", "triton", "sources")  # rows that agree in these belong together
+FACTS = (*SAME, "cuda", "python", "commit", "clocks before")
 COLUMNS = (
     "case",
     "ours, µs",
@@ -63,14 +65,42 @@ def roofline(rows: list[dict], ceilings: dict[str, float], path: Path, title: st
     pyplot.close(figure)
 
 
-def write(folder: Path, rows: list[dict], about: dict, ceilings: dict[str, float]):
-    """Writes kernels.jsonl, kernels.md and roofline.png into folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(about | row, ensure_ascii=False) for row in rows)
-    (folder / "kernels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    facts += f"\n- product of 8192³: {1e-12 * ceilings['flops']:.0f} TFLOP/s"
-    facts += f"\n- copy of 1 GB: {1e-9 * ceilings['bytes']:.0f} GB/s\n"
-    text = f"# Kernels on {about['device']}\n\n{facts}\n{table(rows)}"
+def append(path: Path, rows: list[dict]):
+    """Adds lines to a file, so that a run that is ended loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(path: Path, about: dict | None = None) -> list[dict]:
+    """The rows of a file that were measured as about says, on one device by one version of all; [] if none.
+
+    Without about, those of the last row's versions.
+    """
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    about = about or (rows[-1] if rows else {})
+    return [row for row in rows if all(row[name] == about[name] for name in SAME)]
+
+
+def facts_of(about: dict) -> str:
+    """What stands above every table."""
+    facts = [f"- {name}: {about[name]}" for name in FACTS if name in about]
+    facts.append(f"- product of 8192³: {1e-12 * about['ceilings']['flops']:.0f} TFLOP/s")
+    facts.append(f"- copy of 1 GB: {1e-9 * about['ceilings']['bytes']:.0f} GB/s")
+    return "\n".join(facts) + "\n"
+
+
+def write(folder: Path):
+    """Writes kernels.md and roofline.png from folder's kernels.jsonl; of several rows of a case the last."""
+    rows = read(folder / "kernels.jsonl")
+    timed = list({(row["case"], row["cache"]): row for row in rows if "times" in row}.values())
+    wrong = {row["case"]: row["wrong"] for row in rows if "wrong" in row}
+    about = rows[-1]
+    untimed = "".join(f"- {name}: {reason}\n" for name, reason in wrong.items())
+    text = f"# Kernels on {about['device']}\n\n{facts_of(about)}\n{table(timed)}"
+    text += f"\nNot timed:\n\n{untimed}" if wrong else ""
     (folder / "kernels.md").write_text(text, encoding="utf-8")
-    roofline(rows, ceilings, folder / "roofline.png", f"{about['device']}, {about['commit']}")
+    if timed:
+        roofline(timed, about["ceilings"], folder / "roofline.png", f"{about['device']}, {about['commit']}")
