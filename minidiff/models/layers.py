@@ -119,7 +119,7 @@ class AttentionBlock(Attention):
         hidden_states = x if self.group_norm is None else self.group_norm(x)
         hidden_states = super().forward(hidden_states.flatten(2).transpose(1, 2))  # (B, H*W, C)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-        return (x + hidden_states) / self.scale_factor
+        return divided(x + hidden_states, self.scale_factor)
 
 
 class ResnetBlock2D(nn.Module):
@@ -143,18 +143,25 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, temb=None):
+        hidden_states = self.conv2(self.before_conv2(x, temb))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return divided(x + hidden_states, self.scale_factor)
+
+    def before_conv2(self, x, temb=None):
+        """What the second convolution gets: (B, C_out, H, W)."""
         hidden_states = self.conv1(self.norm1(x))  # (B, C_out, H, W)
         if temb is not None:
             temb = self.time_emb_proj(self.act(temb))  # (B, C_out or 2 C_out)
         if self.scale_shift:
             scale, shift = temb[:, :, None, None].chunk(2, dim=1)
-            hidden_states = self.act(self.norm2(hidden_states) * (1 + scale) + shift)
-        else:
-            hidden_states = self.norm2(hidden_states, temb)
-        hidden_states = self.conv2(hidden_states)
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        return (x + hidden_states) / self.scale_factor
+            return self.act(self.norm2(hidden_states) * (1 + scale) + shift)
+        return self.norm2(hidden_states, temb)
+
+
+def divided(x, scale_factor):
+    """x / scale_factor; 1, which nearly all models have, takes no pass over x."""
+    return x if scale_factor == 1 else x / scale_factor
 
 
 class Downsample2D(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minidiff import backends
-from minidiff.models.layers import Attention, GroupNorm, Upsample2D
+from minidiff.models.layers import Attention, GroupNorm, ResnetBlock2D, Upsample2D
 from minidiff.models.unet import GEGLU, UNet2DConditionModel
 from minidiff.models.unet_ddpm import UNet2DModel
 from minidiff.optimization import onednn, winograd
@@ -121,6 +121,8 @@ def _for_cpu(layer, last, with_winograd) -> Rewrite | None:
     if isinstance(layer, GroupNorm | Upsample2D):
         rewrite = ChannelsLastNorm if isinstance(layer, GroupNorm) else FoldedUpsample
         return rewrite(layer) if layer.backend == "torch" else None
+    if type(layer) is ResnetBlock2D:
+        return onednn.PackedResnet(layer)
     if type(layer) is nn.Conv2d:
         kind = winograd.WinogradConv if with_winograd and winograd.fits(layer) else onednn.PackedConv
         return kind(layer, last)

@@ -1,4 +1,4 @@
-"""Group norm, temb and SiLU of channels_last pictures on a CPU, in two walks through pieces in the cache.
+"""Group norm, temb and SiLU of channels_last pictures on a CPU, in three walks through pieces in the cache.
 
 PyTorch's own version for this order takes the variance as E[x²] - E[x]², in single sums over all pixels: at
 a mean of 100 standard deviations its results are off by 2 %, at 3 on 256 x 256 pixels by 2e-4. Here the mean
@@ -8,6 +8,7 @@ comes first, then the squared distances from it, then the result: as near to flo
 import torch
 import torch.nn.functional as F
 
+from minidiff import ops
 from minidiff.optimization.rewrite import Rewrite, makes_gradients
 
 PIECE = 2**16  # numbers: 256 kB in float32
@@ -27,7 +28,12 @@ class ChannelsLastNorm(Rewrite):
             or makes_gradients(*tensors)
         ):
             return self.plain(x, temb)
-        y = group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps, layer.silu, temb)
+        given = x, layer.num_groups, layer.weight, layer.bias, layer.eps
+        if x.dtype == torch.bfloat16:  # PyTorch's sums, which are float32, are finer than these numbers
+            y = ops.group_norm(*given, temb=temb)
+            y = F.silu(y, inplace=True) if layer.silu else y
+        else:
+            y = group_norm(*given, layer.silu, temb)
         return y if layer.act is None else layer.act(y)
 
 
@@ -39,37 +45,20 @@ def group_norm(x, num_groups, weight, bias, eps, silu=False, temb=None) -> torch
     y = torch.empty_like(pixels)
     rows = max(1, PIECE // (batch * channels))
     pieces = pixels.split(rows, dim=1)
-    buffer = pixels.new_empty((batch, min(rows, height * width), channels), dtype=wide)  # in the cache
-    mean, squares = _moments(pieces, buffer)  # (B, C)
-    added = mean.new_zeros(()) if temb is None else temb.to(wide)
 
-    def of_groups(values):
-        """(B, C) -> the mean over each group's channels, for each channel: (B, C)."""
-        means = values.unflatten(1, (num_groups, -1)).mean(-1, keepdim=True)
-        return means.expand(-1, -1, channels // num_groups).flatten(1)
+    def per_group(values):
+        """(B, C) summed over the channels of each group, for each channel: (B, 1, C)."""
+        sums = values.unflatten(1, (num_groups, -1)).sum(-1, keepdim=True)
+        return sums.expand(-1, -1, channels // num_groups).reshape(batch, 1, channels)
 
-    center = of_groups(mean + added)
-    variance = of_groups(squares / (height * width) + (mean + added - center).square())
-    scale = torch.rsqrt(variance + eps) * weight.to(wide)
-    shift = bias.to(wide) + (added - center) * scale
+    count = height * width * (channels // num_groups)
+    added = x.new_zeros((batch, channels), dtype=wide) if temb is None else temb.to(wide)
+    sums = sum(piece.sum(1, dtype=wide) for piece in pieces) + added * (height * width)  # (B, C)
+    center = per_group(sums) / count - added[:, None]  # (B, 1, C): x - center is x + temb - mean
+    squares = sum((piece - center).square_().sum(1) for piece in pieces)  # (B, C)
+    scale = torch.rsqrt(per_group(squares) / count + eps) * weight.to(wide)  # (B, 1, C)
+    shift = bias.to(wide) - center * scale
     for piece, result in zip(pieces, y.split(rows, dim=1), strict=True):
-        out = buffer[:, : piece.shape[1]].copy_(piece)
-        torch.addcmul(shift[:, None], out, scale[:, None], out=out)
+        out = torch.addcmul(shift, piece.to(wide), scale)
         result.copy_(F.silu(out, inplace=True) if silu else out)
     return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def _moments(pieces, buffer):
-    """Means over the rows of all pieces (B, rows, C), and sums of squared distances from them: (B, C) each.
-
-    Each piece is read once: its moments are joined with the others' (Chan, Golub & LeVeque 1979).
-    """
-    means, squares = [], 0
-    for piece in pieces:
-        values = buffer[:, : piece.shape[1]].copy_(piece)
-        means.append(values.mean(1, keepdim=True))
-        squares = squares + values.sub_(means[-1]).square_().sum(1)
-    means = torch.cat(means, dim=1)  # (B, pieces, C)
-    counts = torch.tensor([[piece.shape[1]] for piece in pieces], dtype=means.dtype)  # (pieces, 1)
-    mean = (means * (counts / counts.sum())).sum(1)
-    return mean, squares + ((means - mean[:, None]).square() * counts).sum(1)

@@ -12,7 +12,8 @@ import functools
 import torch
 from torch import nn
 
-from minidiff.optimization.rewrite import Derived, Rewrite, makes_gradients
+from minidiff.models.layers import divided
+from minidiff.optimization.rewrite import Derived, Rewrite, has_hooks, makes_gradients, rewrite_of
 
 NEEDED = ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight",
           "_linear_pointwise")  # fmt: skip
@@ -53,20 +54,39 @@ class PackedConv(Rewrite):
         super().__init__(layer)
         self.packed, self.last = Derived(pack_conv), last
 
-    def takes(self, x) -> bool:
-        """Whether x fits the weight, packed: what doesn't is for the plain layer, or for its error."""
+    def takes(self, x, other=None) -> bool:
+        """Whether x fits the weight, packed, and other x: what doesn't is for the plain layer."""
         layer = self.layer
         fits = x.ndim == 4 and x.shape[1] == layer.in_channels
         padded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return fits and padded and takes(x, layer.weight, layer.bias)
+        return fits and padded and takes(x, layer.weight, layer.bias, other)
 
     def __call__(self, x):
         if not self.takes(x):
             return self.plain(x)
-        layer, weight = self.layer, self.layer.weight
+        y = self.added_to(None, x)
+        return y.contiguous() if self.last and self.layer.weight.is_contiguous() else y
+
+    def added_to(self, other, x):
+        """The convolved x, plus other, of its shape, if that isn't None: the sum takes no pass of its own."""
+        layer = self.layer
         options = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-        y = conv(x, self.packed(weight, more=(x.shape, *options)), layer.bias, *options)
-        return y.contiguous() if self.last and weight.is_contiguous() else y
+        packed = self.packed(layer.weight, more=(x.shape, *options))
+        return conv(x, packed, layer.bias, *options, other=other)
+
+
+class PackedResnet(Rewrite):
+    """The forward of a ResnetBlock2D whose second convolution, packed, adds its result to the shortcut."""
+
+    def __call__(self, x, temb=None):
+        block, last = self.layer, rewrite_of(self.layer.conv2)
+        if type(last) is not PackedConv or has_hooks(block.conv2):
+            return self.plain(x, temb)
+        hidden_states = block.before_conv2(x, temb)  # (B, C_out, H, W)
+        shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
+        if not last.takes(hidden_states, shortcut):
+            return divided(shortcut + block.conv2(hidden_states), block.scale_factor)
+        return divided(last.added_to(shortcut, hidden_states), block.scale_factor)
 
 
 class PackedLinear(Rewrite):
@@ -90,10 +110,16 @@ def pack_conv(weight, shape, padding, stride, dilation, groups):
     )
 
 
-def conv(x, packed, bias, padding, stride, dilation, groups):
-    """x (B, C, H, W) convolved; the result is channels_last."""
+def conv(x, packed, bias, padding, stride, dilation, groups, other=None):
+    """x (B, C, H, W) convolved, plus other, if given, of the result's shape; the result is channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, dilation, groups, *ALONE)
+    options = padding, stride, dilation, groups
+    if other is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *options, *ALONE)
+    other = other.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, other, packed, bias, *options, "add", 1.0, None, [], None
+    )
 
 
 def pack_linear(weight, rows):

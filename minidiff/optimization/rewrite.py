@@ -98,10 +98,13 @@ def makes_gradients(*tensors) -> bool:
 def says_all(*linears) -> bool:
     """Whether weight and bias are all that there is to these layers: no hooks, no adapters in their place."""
     return all(
-        type(one) is nn.Linear
-        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
-        for one in linears
+        type(one) is nn.Linear and not has_hooks(one) and "forward" not in one.__dict__ for one in linears
     )
+
+
+def has_hooks(layer) -> bool:
+    """Whether somebody looks at what goes into this layer, or comes out of it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def autocast_to(device: torch.device):

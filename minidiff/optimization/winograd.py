@@ -5,7 +5,7 @@
 d is a tile of 4 × 4 pixels, tiles overlap by two, and y has 2 × 2. With many channels the elementwise
 products are 16 products of matrices, (tiles, C) times (C, C'). Bᵀ and Aᵀ hold only 0 and ±1, so the
 transforms are sums; they cost memory traffic, and pay where there are many channels. The result is exact but
-for rounding, and nearer to float64 than oneDNN's direct convolution. The transformed weight takes 16/9 of the
+for rounding, which is of the size of a direct convolution's. The transformed weight takes 16/9 of the
 weight's memory.
 """
 
@@ -22,8 +22,8 @@ TILES = 512  # of a strip: their transforms stay in the cache
 class WinogradConv(onednn.PackedConv):
     """The forward of a Conv2d, 3 × 3, on a CPU; small pictures, and other dtypes, take the packed way."""
 
-    def __init__(self, layer: nn.Conv2d):
-        super().__init__(layer)
+    def __init__(self, layer: nn.Conv2d, last=False):
+        super().__init__(layer, last)
         self.transformed = Derived(transform_weight)
 
     def __call__(self, x):
