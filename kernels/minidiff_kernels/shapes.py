@@ -5,6 +5,8 @@ H, W), all at 512² and 768², SDXL also at its own 1024². Guidance doubles the
 Tests hold these tables against what the models' layers really see.
 """
 
+from itertools import product
+
 BATCHES = (1, 2, 8)
 TEXT = 77  # tokens
 SIDES = {"SD 1.5": (512, 768), "SD 2.1": (512, 768), "SDXL": (512, 768, 1024), "VAE": (512, 768)}
@@ -24,18 +26,14 @@ VAE_UPSAMPLED = ((512, 8), (512, 4), (256, 2))  # channels, and pixels per laten
 def _unet_levels():
     """(model, level, B, side, what to call it) of every level at every size."""
     for model, heads in HEADS.items():
-        for picture in SIDES[model]:
-            for level in range(len(heads)):
-                where = f"{model} U-Net at {picture}², 1/{8 << level}"
-                for batch in BATCHES:
-                    yield model, level, batch, picture // 8 >> level, where
+        for picture, level, batch in product(SIDES[model], range(len(heads)), BATCHES):
+            where = f"{model} U-Net at {picture}², 1/{8 << level}"
+            yield model, level, batch, picture // 8 >> level, where
 
 
 def _vae_levels():
-    for picture in SIDES["VAE"]:
-        for level in range(4):
-            for batch in BATCHES:
-                yield level, batch, picture >> level, f"VAE at {picture}², 1/{1 << level}"
+    for picture, level, batch in product(SIDES["VAE"], range(4), BATCHES):
+        yield level, batch, picture >> level, f"VAE at {picture}², 1/{1 << level}"
 
 
 def _named(pairs):
@@ -82,11 +80,9 @@ def _upsample_conv():
     for _, level, batch, side, where in _unet_levels():
         if level > 0:
             yield (batch, CHANNELS[level], side, side), where
-    for picture in SIDES["VAE"]:
-        for channels, factor in VAE_UPSAMPLED:
-            for batch in BATCHES:
-                side = picture // factor
-                yield (batch, channels, side, side), f"VAE at {picture}², 1/{factor}"
+    for picture, (channels, factor), batch in product(SIDES["VAE"], VAE_UPSAMPLED, BATCHES):
+        side = picture // factor
+        yield (batch, channels, side, side), f"VAE at {picture}², 1/{factor}"
 
 
 ATTENTION = _named(_attention())
