@@ -1,9 +1,10 @@
 """Compiles every kernel of the registry for GPUs that need not be here, and holds it against their limits.
 
-`python -m minidiff_kernels.compile_check [--targets sm_90 …] [--cases 'attn/*' …] [--jobs 2]` prints what
-each configuration takes, and ends with 1 if one of them could not be launched or would be slow: a spill of
-registers to memory, more shared memory, tensor memory or registers than a block can have, an attention kernel
-of half precision without matrix instructions, a case without a configuration for one of its targets.
+`python -m minidiff_kernels.compile_check [--targets sm_90 …] [--cases 'attn/*' …] [--jobs 2] [--keep]` prints
+what each configuration takes, and ends with 1 if one of them could not be launched or would be slow: a spill
+of registers to memory, more shared memory, tensor memory or registers than a block can have, an attention
+kernel of half precision without matrix instructions, a case without a configuration for one of its targets.
+--keep leaves all in Triton's cache: launches find it there by Triton 3.6, while 3.9 has other keys for them.
 """
 
 import argparse
@@ -174,15 +175,18 @@ def _compile(number):
     return compile_case(task.case, task.config, task.target)
 
 
-def check(cases=CASES, targets=TARGETS, jobs=2) -> list[str]:
-    """Compiles all, prints a line for each configuration and returns what is wrong, a line for each fault."""
+def check(cases=CASES, targets=TARGETS, jobs=2, keep=False) -> list[str]:
+    """Compiles all, prints a line for each configuration and returns what is wrong, a line for each fault.
+
+    keep: in Triton's cache, where launches look, rather than in a folder that goes away.
+    """
     _todo[:], wrong = tasks(cases, targets)
     width = max((len(_title(task)) for task in _todo), default=0)
     print(f"{'case, configuration':{width}}  target  regs  spill   shared        of  tmem  matrix      s")
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(triton.knobs.cache.scope())
-        triton.knobs.cache.dir = folder
+        if not keep:
+            stack.enter_context(triton.knobs.cache.scope())
+            triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
         pool = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")))
         for task, compiled in zip(_todo, pool.map(_compile, range(len(_todo))), strict=True):
             print(f"{_title(task):{width}}  {task.target:6}  {compiled.registers:4}  {compiled.spill:5}  "
@@ -216,6 +220,7 @@ def main(argv=None) -> int:
         "--cases", nargs="+", default=["*"], metavar="PATTERN", help="names, such as 'attn/*'"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at once")
+    parser.add_argument("--keep", action="store_true", help="leave all in Triton's cache, for launches")
     arguments = parser.parse_args(argv)
     if launch.INTERPRETED:
         print(
@@ -229,7 +234,7 @@ def main(argv=None) -> int:
         print(f"no case is named {' or '.join(arguments.cases)}; there are {len(CASES)}", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    wrong = check(chosen, arguments.targets, arguments.jobs)
+    wrong = check(chosen, arguments.targets, arguments.jobs, arguments.keep)
     print(
         f"{len(_todo)} configurations of {len(chosen)} cases compiled in {time.perf_counter() - start:.0f} s"
     )
