@@ -35,7 +35,7 @@ def pair(name, ours, theirs):
         weights = {key.removeprefix("text_model."): weight for key, weight in model.state_dict().items()}
     else:
         twin, weights = theirs.from_config(config).eval(), model.state_dict()
-    twin.load_state_dict(weights)
+    twin.load_state_dict(weights, assign=True)  # shared: they are large
     return model, twin
 
 
@@ -61,20 +61,25 @@ def task(name):
 TASKS = {"unet": "U-Net step", "vae": "VAE decoding", "ddpm": "DDPM step", "clip": "text"}
 
 
-def contenders(ours, theirs, dtype, compiled):
-    """{name: model}; each has its own weights in dtype, since some rewrite them."""
-    found = {"diffusers": theirs.to(dtype)}
+def sharing(model):
+    """A copy of model with the same weights."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def contenders(ours, theirs, compiled):
+    """{name: model} of the models that can be had of these two."""
+    found = {"diffusers": theirs}
     if not isinstance(theirs, transformers.CLIPTextModel):
         best = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
         if hasattr(best, "fuse_qkv_projections"):
             best.fuse_qkv_projections()
         found["diffusers, channels_last, fused"] = best
     if compiled:
-        found["diffusers, max-autotune"] = torch.compile(copy.deepcopy(theirs), mode="max-autotune")
-    found["minidiff"] = ours.to(dtype)
-    found["minidiff, optimized"] = minidiff.optimize(copy.deepcopy(ours))
-    if dtype == torch.float32 and not isinstance(theirs, transformers.CLIPTextModel):
-        found["minidiff, optimized, Winograd"] = minidiff.optimize(copy.deepcopy(ours), winograd=True)
+        found["diffusers, max-autotune"] = torch.compile(sharing(theirs), mode="max-autotune")
+    found["minidiff"] = ours
+    found["minidiff, optimized"] = minidiff.optimize(sharing(ours))
+    if ours.dtype == torch.float32 and not isinstance(theirs, transformers.CLIPTextModel):
+        found["minidiff, optimized, Winograd"] = minidiff.optimize(sharing(ours), winograd=True)
     return found
 
 
@@ -110,10 +115,11 @@ def main():
         ours, theirs, inputs, call = task(name)
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
         exact = call(copy.deepcopy(theirs).double(), *wide)
-        for dtype in args.dtypes:
+        for dtype in sorted(args.dtypes, reverse=True):  # float32 first: what is rounded stays so
             given = [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in inputs]
-            models = contenders(copy.deepcopy(ours), copy.deepcopy(theirs), DTYPES[dtype], args.compile)
+            models = contenders(ours.to(DTYPES[dtype]), theirs.to(DTYPES[dtype]), args.compile)
             found = measure(models, call, given, exact, args.rounds)
+            del models  # before the next type needs the memory
             base = statistics.median(found["diffusers"][1])
             for who, (distance, times) in found.items():
                 middle = statistics.median(times)

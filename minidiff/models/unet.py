@@ -83,11 +83,10 @@ class UNet2DConditionModel(Portable, SingleFileModel):
         waves = partial(timestep_embedding, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift)
         resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=norm_num_groups, eps=norm_eps,
                          act_fn=act_fn)  # fmt: skip
-        transformers = [  # one maker per level
-            partial(Transformer2DModel, *sizes, groups=norm_num_groups, only_cross_attention=only,
-                    use_linear_projection=use_linear_projection)
-            for *sizes, only in zip(block_out_channels, heads, depths, text_channels, only_cross, strict=True)
-        ]  # fmt: skip
+        transformers = [partial(Transformer2DModel, *sizes, groups=norm_num_groups, only_cross_attention=only,
+                                use_linear_projection=use_linear_projection)
+                        for *sizes, only in zip(block_out_channels, heads, depths, text_channels, only_cross,
+                                                strict=True)]  # one maker per level  # fmt: skip
 
         self.center_input_sample, self.add_embedding = center_input_sample, None
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
