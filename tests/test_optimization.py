@@ -5,6 +5,8 @@ again on the buffers; all else is as on a GPU. What only a GPU shows, that CUDA'
 tests marked for one.
 """
 
+import copy
+
 import pytest
 import torch
 from parity import assert_close
@@ -207,3 +209,130 @@ def test_a_cuda_graph_gives_what_the_plain_step_does(backend):
         pipe.compile()
         for step, sample in zip(given, expected, strict=True):
             assert_close(pipe.unet(**step).sample, sample, atol=5e-3)
+
+
+@torch.no_grad()
+def test_recordings_follow_texts_weights_and_autocast(recorded):
+    unet, recorder = recorded
+    first, second = arguments(), arguments(seed=1)
+    second["timestep"] = first["timestep"]
+    alike = arguments(seed=2) | {"encoder_hidden_states": first["encoder_hidden_states"]}
+    results = [unet(**step).sample for step in (first, second, alike, second, first)]
+    assert recorder.recordings == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(**first)
+    assert recorder.recordings == 2
+    results.append(unet(**first).sample)
+    unet.up_blocks[0].resnets[0].conv1.weight = torch.nn.Parameter(
+        2 * unet.up_blocks[0].resnets[0].conv1.weight
+    )
+    changed = unet(**first).sample
+    assert recorder.recordings == 3  # the old one reads the old weight
+    optimization.restore(unet)
+    assert_close(changed, unet(**first).sample, atol=1e-13)
+    unet.up_blocks[0].resnets[0].conv1.weight.div_(2)
+    for step, sample in zip((first, second, alike, second, first, first), results, strict=True):
+        assert_close(sample, unet(**step).sample, atol=1e-13)
+
+
+def test_recordings_of_inference_mode_go_on_outside_and_copies_have_their_own(recorded):
+    unet, recorder = recorded
+    with torch.inference_mode():
+        unet(**arguments())
+    with torch.no_grad():
+        step = arguments(seed=1)
+        sample = unet(**step).sample
+        other = copy.deepcopy(unet)
+        unet.conv_out.weight.mul_(2)
+        assert_close(other(**step).sample, sample, atol=1e-13)
+        assert_close(sample, optimization.restore(other)(**step).sample, atol=1e-13)
+    assert recorder.recordings == 1
+
+
+def test_a_compiled_model_that_was_moved_off_its_gpu_says_so(unet):
+    GraphedStep(unet).install()
+    with (
+        torch.no_grad(),
+        pytest.raises(minidiff.ops.BackendUnavailable, match="this one is on cpu; move it back"),
+    ):
+        unet(**arguments())
+
+
+@torch.no_grad()
+def test_texts_that_are_missing_or_do_not_fit_are_named():
+    unet = tiny_pipeline().unet
+    given = {name: x.float() if torch.is_tensor(x) else x for name, x in arguments().items()}
+    with pytest.raises(TypeError, match="encoder_hidden_states"):
+        minidiff.optimize(unet)(given["sample"], 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        unet(given["sample"], 3, given["encoder_hidden_states"][..., :5])
+    sample = unet(**given).sample
+    assert_close(sample, optimization.restore(unet)(**given).sample, atol=2e-5)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+def compiled():
+    """A compiled U-Net on a GPU in float32, an equal plain one, and arguments for them."""
+    plain = tiny_pipeline().to("cuda").unet
+    steps = [{k: v.cuda().float() if torch.is_tensor(v) else v for k, v in arguments(seed=seed).items()}
+             for seed in range(3)]  # fmt: skip
+    return optimization.compile_unet(copy.deepcopy(plain)), plain, steps
+
+
+def assert_all_same(unet, plain, steps):
+    for step in steps:
+        assert_close(unet(**step).sample, plain(**step).sample, atol=2e-3)  # TF32 in convolutions
+
+
+@on_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["in place", "inference mode", "loading", "another tensor", "round trip"])
+def test_a_cuda_graph_reads_weights_that_were_changed(how):
+    unet, plain, steps = compiled()
+    assert_all_same(unet, plain, steps)
+    for model in (unet, plain):
+        with torch.inference_mode(how == "inference mode"), torch.no_grad():
+            for layer in ("mid_block.resnets.0.time_emb_proj", "up_blocks.0.upsamplers.0.conv", "conv_out"):
+                weight = model.get_submodule(layer).weight
+                if how == "another tensor":
+                    weight.data = 1.5 * weight
+                else:
+                    weight.mul_(1.5)
+            for block in model.modules():
+                if hasattr(block, "attn1"):
+                    block.attn1.to_q.weight.mul_(1.5), block.attn2.to_k.weight.mul_(1.5)
+        if how == "loading":
+            model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+        elif how == "round trip":
+            model.cpu().cuda()
+    assert_all_same(unet, plain, steps)
+
+
+@on_gpu
+@torch.no_grad()
+def test_a_cuda_graph_under_autocast_and_inference_mode_gives_what_the_plain_step_does():
+    unet, plain, steps = compiled()
+    with torch.inference_mode():
+        assert_all_same(unet, plain, steps)
+    for _ in range(2):  # recorded in one block, replayed in another
+        with torch.autocast("cuda", torch.float16):
+            for step in steps:
+                assert_close(unet(**step).sample, plain(**step).sample, atol=2e-2)
+        torch.cuda.empty_cache()
+    assert_all_same(unet, plain, steps)
+
+
+@on_gpu
+@torch.no_grad()
+def test_replaying_a_cuda_graph_waits_for_nothing():
+    unet, _, steps = compiled()
+    steps = [step | {"timestep": torch.tensor([5.0, 5.0], device="cuda")} for step in steps]
+    unet(**steps[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            unet(**step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

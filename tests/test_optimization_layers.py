@@ -7,6 +7,7 @@ tensors in Triton's interpreter.
 import copy
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import minidiff_kernels
 import pytest
@@ -14,6 +15,7 @@ import test_clip
 import test_unet
 import test_unet_ddpm
 import test_vae
+import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from parity import assert_close, share_weights, twins
@@ -600,3 +602,67 @@ def test_without_onednn_and_in_float16_there_is_one_notice_and_the_same_result(m
         minidiff.optimize(pipe.to(torch.float16))
     assert len(caplog.records) == 1
     assert_close(pipe.unet(normal(1, 4, 8, 8).half(), 3, normal(1, 5, 12).half()).sample, expected, atol=0.02)
+
+
+# Pipelines --------------------------------------------------------------------------------------------------
+
+PIPELINES = {
+    "DDPMPipeline": tiny_pipelines.write_ddpm,
+    "StableDiffusionPipeline": tiny_pipelines.write_stable_diffusion,
+    "StableDiffusionXLPipeline": tiny_pipelines.write_stable_diffusion_xl,
+    "StableDiffusionImg2ImgPipeline": tiny_pipelines.write_stable_diffusion,
+    "StableDiffusionInpaintPipeline": tiny_pipelines.write_stable_diffusion,
+}
+
+
+def draw(pipe, name):
+    """Pictures (N, H, W, C) of a tiny pipeline."""
+    options = {"num_inference_steps": 4, "generator": tiny_pipelines.generator(), "output_type": "np"}
+    if name == "DDPMPipeline":
+        return pipe(batch_size=2, **options).images
+    options |= {"prompt": ["a red ball", "a ball"], "negative_prompt": ["red"] * 2}
+    if name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
+        options["image"] = torch.rand(2, 3, 16, 16, generator=tiny_pipelines.generator(1))
+        options["strength"] = 0.8
+    if name == "StableDiffusionInpaintPipeline":
+        options |= {
+            "mask_image": (torch.arange(16) > 6).float().expand(2, 1, 16, 16),
+            "height": 16,
+            "width": 16,
+        }
+    return pipe(**options).images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_optimized_pipeline_draws_the_same_pictures(name, tmp_path):
+    pipe = getattr(minidiff, name).from_pretrained(PIPELINES[name](tmp_path))
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe, name)
+    assert minidiff.optimize(pipe, winograd=True) is pipe
+    assert all(any(map(rewrite_of, model.modules())) for model in pipe.models)
+    for _ in range(2):
+        assert_close(draw(pipe, name), plain, atol=1e-4)
+    if name == "StableDiffusionPipeline":
+        other = minidiff.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        found = draw(other, "StableDiffusionImg2ImgPipeline")
+        for model in pipe.models:
+            optimization.restore(model)
+        assert_close(found, draw(other, "StableDiffusionImg2ImgPipeline"), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vae", "clip"])
+def test_models_without_a_step_may_be_called_by_several_threads(kind):
+    option = next(option for name, option in FEW if name == kind)
+    model = pair(kind, option)[0]
+
+    @torch.no_grad()
+    def call(batch):
+        return [outputs(model, kind, option, batch=batch) for _ in range(5)]
+
+    expected = {batch: call(batch)[0] for batch in (1, 2, 3)}
+    minidiff.optimize(model)
+    with ThreadPoolExecutor(3) as pool:
+        for batch, results in zip((1, 2, 3, 1), pool.map(call, (1, 2, 3, 1)), strict=True):
+            for found in results:
+                assert_all_close(found, expected[batch], atol=2e-5)
