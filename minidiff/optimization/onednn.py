@@ -59,7 +59,8 @@ class PackedConv(Rewrite):
         layer = self.layer
         fits = x.ndim == 4 and x.shape[1] == layer.in_channels
         padded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return fits and padded and takes(x, layer.weight, layer.bias, other)
+        adds = other is None or (other.dtype == x.dtype and not makes_gradients(other))
+        return fits and padded and adds and takes(x, layer.weight, layer.bias)
 
     def __call__(self, x):
         if not self.takes(x):
