@@ -53,10 +53,8 @@ def conv(x, weight, bias):
     """x (B, C, H, W), weight (16, C, N), bias (N,) or None -> (B, N, H, W), channels_last."""
     batch, _, height, width = x.shape
     rows, columns = -(-height // 2), -(-width // 2)  # tiles
-    x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-    x = F.pad(
-        x, (0, 0, 1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height)
-    )  # (B, 2 rows + 2, 2 columns + 2, C)
+    frame = 0, 0, 1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height
+    x = F.pad(x.permute(0, 2, 3, 1), frame)  # (B, 2 rows + 2, 2 columns + 2, C)
     y = x.new_empty((batch, 2 * rows, 2 * columns, weight.shape[2]))
     step = max(1, TILES // (batch * columns))  # rows of tiles in a strip
     for top in range(0, rows, step):
