@@ -159,6 +159,18 @@ def test_a_model_that_was_moved_is_recorded_again(recorded):
 
 
 @torch.no_grad()
+def test_an_exchanged_module_is_recorded_again(recorded):
+    unet, recorder = recorded
+    step = arguments()
+    unet(**step)
+    block = unet.mid_block.resnets[0]
+    block.conv1 = torch.nn.Conv2d(16, 16, 3, padding=1, dtype=torch.float64)
+    sample = unet(**step).sample
+    assert recorder.recordings == 2
+    assert_close(sample, optimization.restore(unet)(**step).sample, atol=1e-13)
+
+
+@torch.no_grad()
 def test_a_result_is_not_overwritten_by_the_next_step(recorded):
     first = recorded[0](**arguments()).sample
     kept = first.clone()

@@ -50,6 +50,7 @@ class GraphedStep(Step):
         super().__init__(unet)
         self.record = record
         self.recorded, self.addresses = OrderedDict(), None
+        self.tree, self.weights, self.rewrites = None, [], []  # of the U-Net, so that no step walks it
 
     def with_gradients(self, given):
         """A recording can't be differentiated: RuntimeError."""
@@ -60,16 +61,25 @@ class GraphedStep(Step):
         """The result for these arguments; a new combination of shapes is recorded first."""
         return_dict = given.pop("return_dict", True)
         given["timestep"] = as_timesteps(given["timestep"], given["sample"])  # (B,), on the device
-        for layer in self.layer.modules():
-            if (rewrite := rewrite_of(layer)) is not None:
-                rewrite.prepare()
+        self._look()
+        for rewrite in self.rewrites:
+            rewrite.prepare()
         sample = self._replay(given)  # a buffer, which is overwritten by the next step
         sample = sample.clone(memory_format=torch.contiguous_format)
         return Output(sample=sample) if return_dict else (sample,)
 
+    def _look(self):
+        """Brings the lists of weights and rewrites up to date if a module was exchanged."""
+        if self.tree is None or any(parts[name] is not part for parts, name, part in self.tree):
+            layers = list(self.layer.modules())
+            self.tree = [(one._modules, name, part) for one in layers for name, part in one._modules.items()]
+            self.weights = [(one._parameters, name) for one in layers for name in one._parameters]
+            self.rewrites = [found for one in layers if (found := rewrite_of(one)) is not None]
+
     def _replay(self, given):
         """The result in a buffer."""
-        addresses = [weight.data_ptr() for weight in self.layer.parameters()]
+        found = [parameters[name] for parameters, name in self.weights]
+        addresses = [None if weight is None else weight.data_ptr() for weight in found]
         if addresses != self.addresses:  # the model was moved: recordings point to where it was
             self.recorded.clear()
             self.addresses = addresses
@@ -103,7 +113,8 @@ class GraphedStep(Step):
         return SimpleNamespace(given=buffers, keys=keys, source=self.keys.current, replay=replay)
 
     def __getstate__(self):
-        return self.__dict__ | {"recorded": OrderedDict(), "addresses": None}  # for copies
+        unset = {"recorded": OrderedDict(), "addresses": None, "tree": None, "weights": [], "rewrites": []}
+        return self.__dict__ | unset  # for copies
 
 
 def _fill(buffers, values):

@@ -90,9 +90,16 @@ def makes_gradients(*tensors) -> bool:
 
     Forward mode counts too, and goes on under torch.no_grad.
     """
+    if not may_make_gradients():
+        return False
     given = [t for t in tensors if t is not None]
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     return backward or any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+
+
+def may_make_gradients() -> bool:
+    """Whether autograd records anything now."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def says_all(*linears) -> bool:

@@ -13,7 +13,14 @@ from torch import nn
 from minidiff.models.layers import ResnetBlock2D
 from minidiff.models.unet import BasicTransformerBlock
 from minidiff.optimization.layers import JoinedTimes
-from minidiff.optimization.rewrite import Rewrite, autocast_to, makes_gradients, says_all, state_of
+from minidiff.optimization.rewrite import (
+    Rewrite,
+    autocast_to,
+    makes_gradients,
+    may_make_gradients,
+    says_all,
+    state_of,
+)
 
 
 class Step(Rewrite):
@@ -35,7 +42,7 @@ class Step(Rewrite):
     def __call__(self, *args, **kwargs):
         given = dict(self.signature.bind(self.layer, *args, **kwargs).arguments)
         del given["self"]
-        if makes_gradients(*tensors_in(given), *self.layer.parameters()):
+        if may_make_gradients() and makes_gradients(*tensors_in(given), *self.layer.parameters()):
             return self.with_gradients(given)
         if self.keys.parts:  # its forward asks for a text
             self.keys.update(given["encoder_hidden_states"])
