@@ -60,15 +60,6 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
     types |= {"temb_ptr": f"*{dtype}" if temb else None}
     constants = {"PER_GROUP": per_group, "EPS": EPS, "SILU": silu, "ACC": tl.float32}
 
-    def tiles(factor):
-        """What a pass is compiled for: the tile of each choice, factor times as high."""
-        found = {}
-        for choice in choices:  # the first is launched, on all targets
-            height, *tile, _ = choice
-            found.setdefault((factor * height, *tile), {} if choice is cut else {"targets": ("sm_90",)})
-        return [dict(zip(("BLOCK_N", "BLOCK_C", "num_warps"), tile, strict=True)) | targets
-                for tile, targets in found.items()]  # fmt: skip
-
     def case(suffix, kernel, configs, **others):
         names = kernel.arg_names
         given = [{name: table[name] for name in names if name in table} for table in (types, numbers)]
@@ -90,7 +81,7 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
         "rtol": TOLERANCES[dtype],
     }
     if cut.chunk_pixels is None:
-        return [case("", _norm_one_block, tiles(1), **run)]
+        return [case("", _norm_one_block, _tiles(choices, 1), **run)]
     numbers |= {
         "per_group": per_group,
         "chunk_pixels": cut.chunk_pixels,
@@ -98,10 +89,19 @@ def _cases(shape, where, dtype="fp16", last=True, temb=False):
     }
     types |= dict.fromkeys(("mean_ptr", "squares_ptr", "table_ptr"), "*fp32")
     return [
-        case("/moments", _moments, tiles(1)),
+        case("/moments", _moments, _tiles(choices, 1)),
         case("/tables", _tables, [{"BLOCK": TABLE_BLOCK, "num_warps": 4}]),
-        case("", _apply, tiles(2), **run),
+        case("", _apply, _tiles(choices, 2), **run),
     ]
+
+
+def _tiles(choices, factor):
+    """The tiles of a pass: of each choice, factor times as high; that of the first for all targets."""
+    found = {}
+    for number, (height, *tile, _) in enumerate(choices):
+        found.setdefault((factor * height, *tile), {"targets": ("sm_90",)} if number else {})
+    return [dict(zip(("BLOCK_N", "BLOCK_C", "num_warps"), tile, strict=True)) | targets
+            for tile, targets in found.items()]  # fmt: skip
 
 
 def _candidates(cut, channels, pixels):

@@ -154,18 +154,14 @@ def _fold(w_ptr, folded_ptr, pairs, K, stride_n, stride_k, stride_y, stride_x,
     w10, w11, w12 = _row(w_ptr + stride_y, stride_x, inside, ACC)
     w20, w21, w22 = _row(w_ptr + 2 * stride_y, stride_x, inside, ACC)
     size = tl.cast(pairs, tl.int64)
-    for p in tl.static_range(2):
-        for a in tl.static_range(2):
-            left, middle, right = (
-                _tap(w00, w10, w20, p, a),
-                _tap(w01, w11, w21, p, a),
-                _tap(w02, w12, w22, p, a),
-            )
-            at = folded_ptr + (8 * p + 2 * a) * size + i
-            for q in tl.static_range(2):
-                for b in tl.static_range(2):
-                    tap = _tap(left, middle, right, q, b).to(folded_ptr.dtype.element_ty)
-                    tl.store(at + (4 * q + b) * size, tap, mask=inside)
+    for row in tl.static_range(4):  # 2 p + a
+        left = _tap(w00, w10, w20, row // 2, row % 2)
+        middle = _tap(w01, w11, w21, row // 2, row % 2)
+        right = _tap(w02, w12, w22, row // 2, row % 2)
+        at = folded_ptr + (8 * (row // 2) + 2 * (row % 2)) * size + i
+        for column in tl.static_range(4):  # 2 q + b
+            tap = _tap(left, middle, right, column // 2, column % 2).to(folded_ptr.dtype.element_ty)
+            tl.store(at + (4 * (column // 2) + column % 2) * size, tap, mask=inside)
 
 
 @triton.jit
