@@ -68,6 +68,17 @@ def test_upsampling_equals_diffusers(size):
     assert_close(ours(x, size), theirs(x, size), atol=1e-12)
 
 
+def test_upsampling_does_what_is_done_to_its_convolution():
+    ours, theirs = share_weights(layers.Upsample2D(4), upsampling.Upsample2D(4, use_conv=True))
+    calls = []
+    ours.conv.register_forward_hook(lambda *_: calls.append(1))
+    for layer in (ours, theirs):
+        layer.conv.padding_mode = "circular"  # for pictures that tile
+    x = normal(2, 4, 4, 5)
+    assert_close(ours(x), theirs(x), atol=1e-12)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("freq_shift", [0, 1])
 @pytest.mark.parametrize("flip", [True, False])

@@ -578,6 +578,11 @@ def test_inputs_that_do_not_fit_get_the_plain_errors_and_unusual_ones_work():
         layer.padding_mode = "circular"  # for pictures that tile, people set it in every layer
     x = normal(1, 4, 5, 6).float()
     assert_close(conv(x), plain[0](x), atol=1e-6)
+    upsample = minidiff.optimize(Upsample2D(4))
+    upsample.conv.padding_mode = "circular"
+    assert_close(upsample(x), optimization.restore(upsample)(x), atol=1e-6)
+    on_a_gpu(upsample)
+    assert_close(upsample(x), optimization.restore(upsample)(x), atol=1e-6)
     same = minidiff.optimize(nn.Sequential(nn.Conv2d(4, 4, 3, padding="same")))
     assert_close(same(x), optimization.restore(same)(x), atol=1e-6)
 

@@ -189,7 +189,9 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
-        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else tuple(size)
+        if self.backend == "torch":
+            return self.conv(F.interpolate(x, size=size, mode="nearest"))
         return ops.upsample_conv(x, size, self.conv.weight, self.conv.bias, self.backend)
 
 

@@ -138,7 +138,9 @@ class FoldedUpsample(Rewrite):
 
     def __call__(self, x, size=None):
         weight, bias = self.layer.conv.weight, self.layer.conv.bias
-        plain = self.layer.backend != "torch" or x.shape[1] != weight.shape[1]
+        plain = (
+            self.layer.backend != "torch" or not says_all(self.layer.conv) or x.shape[1] != weight.shape[1]
+        )
         if plain or not doubles(x, size) or not onednn.takes(x, weight, bias):
             return self.plain(x, size)
         batch, channels, height, width = x.shape
@@ -198,7 +200,7 @@ class KernelUpsample(KernelRewrite):
 
     def __call__(self, x, size=None):
         weight, bias = self.layer.conv.weight, self.layer.conv.bias
-        if not doubles(x, size) or not self.runs(x, weight, bias):
+        if not (doubles(x, size) and says_all(self.layer.conv) and self.runs(x, weight, bias)):
             return self.plain(x, size)
         return self.upsample_conv(x, weight, bias, self.folded(weight))
 

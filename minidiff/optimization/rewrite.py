@@ -102,10 +102,14 @@ def may_make_gradients() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def says_all(*linears) -> bool:
+def says_all(*layers) -> bool:
     """Whether weight and bias are all that there is to these layers: no hooks, no adapters in their place."""
     return all(
-        type(one) is nn.Linear and not has_hooks(one) and "forward" not in one.__dict__ for one in linears
+        type(one) in (nn.Linear, nn.Conv2d)
+        and getattr(one, "padding_mode", "zeros") == "zeros"
+        and not has_hooks(one)
+        and "forward" not in one.__dict__
+        for one in layers
     )
 
 
