@@ -7,6 +7,7 @@ tensors in Triton's interpreter.
 import copy
 import logging
 import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import minidiff_kernels
@@ -167,6 +168,46 @@ def on_a_gpu(layer):
     else:
         layers.KernelUpsample(layer, minidiff_kernels.upsample_conv, minidiff_kernels.fold).install()
     return layer
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 6, 1, 1), (0, 6, 2, 2)], ids=str)
+def test_a_convolution_of_single_pixels_as_a_product_equals_the_plain_one(shape, order):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 4, 1, dtype=torch.float64)
+    product = copy.deepcopy(plain)
+    assert layers.is_pointwise(plain) and not layers.is_pointwise(nn.Conv2d(6, 4, 3))
+    layers.PointwiseConv(product).install()
+    x = normal(*shape).to(memory_format=order)
+    results = []
+    for layer in (product, plain):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, atol=1e-13)
+    if order is torch.channels_last:
+        assert results[0][0].is_contiguous(memory_format=order)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_rewritten_for_a_gpu_equals_the_plain_models(monkeypatch):
+    monkeypatch.setattr(optimization, "_for_cpu", lambda layer, last, _: optimization._for_gpu(layer, last))
+    pipe = tiny_pipeline()
+    inputs = normal(1, 4, 8, 8).float(), 3, normal(1, 5, 12).float()
+    expected = [pipe.unet(*inputs).sample, pipe.vae.decode(inputs[0]).sample]
+    for model in pipe.models:
+        model.to(memory_format=torch.channels_last)
+        backends.use_backend(model, attention="triton", group_norm="triton")
+    minidiff.optimize(pipe)
+    found = Counter(type(rewrite_of(layer)).__name__ for model in pipe.models for layer in model.modules())
+    for kind in ("JoinedAttention", "KernelGEGLU", "KernelUpsample", "PointwiseConv", "TimePart", "LastConv"):
+        assert found[kind] > 0, kind
+    results = [pipe.unet(*inputs).sample, pipe.vae.decode(inputs[0]).sample]
+    for ours, plain in zip(results, expected, strict=True):
+        assert_close(ours, plain, atol=2e-5)
 
 
 KERNELS = {

@@ -24,6 +24,8 @@ from minidiff.optimization.layers import (
     KernelGEGLU,
     KernelUpsample,
     LastConv,
+    PointwiseConv,
+    is_pointwise,
 )
 from minidiff.optimization.norms import ChannelsLastNorm
 from minidiff.optimization.rewrite import Rewrite, restore, rewrite_of
@@ -133,6 +135,8 @@ def _for_gpu(layer, last) -> Rewrite | None:
     """The same where the kernels run; a backend that was chosen for a layer by name is kept."""
     if type(layer) is nn.Conv2d and last:
         return LastConv(layer)
+    if is_pointwise(layer):
+        return PointwiseConv(layer)
     if type(layer) is Attention and layer.to_k.in_features == layer.to_q.in_features:
         return JoinedAttention(layer)
     if not isinstance(layer, Upsample2D | GEGLU):

@@ -4,6 +4,7 @@
 - `JoinedTimes`: what the time adds in all residual blocks of a U-Net, as one product in a step.
 - `FoldedUpsample`, on a GPU `KernelUpsample`: a doubled picture convolved as four convolutions of the small
   one, with 16 products in place of 36.
+- `PointwiseConv`: a 1 × 1 convolution as a product of matrices, on a GPU.
 - `KernelGEGLU`: the gate inside the product in front of it, on a GPU.
 """
 
@@ -175,6 +176,29 @@ def fold(weight) -> list[torch.Tensor]:
 
 def _fold_and_pack(weight, shape):
     return [onednn.pack_conv(kernel, shape, *UNPADDED) for kernel in fold(weight)]
+
+
+class PointwiseConv(Rewrite):
+    """The forward of a 1 × 1 Conv2d as a product of matrices: (B, C, H, W) -> (B, C', H, W), channels_last.
+
+    On a GPU cuBLAS adds the bias while it writes, where cuDNN's convolution is followed by a pass for it.
+    Pictures in another order take the convolution.
+    """
+
+    def __call__(self, x):
+        layer = self.layer
+        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            return self.plain(x)
+        pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        y = F.linear(pixels.flatten(0, 2), layer.weight.flatten(1), layer.bias)  # (B H W, C')
+        return y.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+
+
+def is_pointwise(layer) -> bool:
+    """Whether this layer is a 1 × 1 convolution that sees every pixel by itself."""
+    if type(layer) is not torch.nn.Conv2d:
+        return False
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 class KernelRewrite(Rewrite):
