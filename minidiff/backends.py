@@ -43,12 +43,14 @@ def use_backend(module, **versions: str | None):
     """Sets the backend of all layers in module that do an operation; returns module.
 
     versions: attention, group_norm, geglu or upsample_conv="reference", "torch" or "triton"; None leaves
-    these layers as they are. Raises ValueError for another name, TypeError for another operation and
-    BackendUnavailable if it can't run where module is; nothing is changed then.
+    these layers as they are. Raises ValueError for another name, TypeError for another operation or no
+    model, BackendUnavailable if it can't run where module is; nothing is changed then.
     """
     unknown = ", ".join(sorted(set(versions) - set(OPERATIONS)))
     if unknown:
         raise TypeError(f"use_backend knows no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"use_backend takes a model, such as pipe.unet, not a {type(module).__name__}")
     chosen = {op: name for op, name in versions.items() if name is not None}
     devices = {tensor.device for tensor in module.parameters()}
     for op, name in chosen.items():

@@ -35,10 +35,13 @@ def _fetched(address):
 def make_image_grid(images: list, rows: int, cols: int, resize: int | None = None) -> Image.Image:
     """rows x cols pictures in one, row by row, each as large as the first, or resize x resize pixels.
 
-    ValueError for another number of pictures.
+    ValueError for another number of pictures, TypeError for other things than pictures.
     """
-    if len(images) != rows * cols or not images:
-        raise ValueError(f"got {len(images)} pictures for {rows} rows of {cols}; pass {rows * cols}")
+    if len(images) != rows * cols or min(rows, cols) < 1:
+        raise ValueError(f"got {len(images)} pictures for {rows} rows of {cols}; pass one for each place")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"make_image_grid takes PIL images, not a {type(image).__name__}")
     if resize is not None:
         images = [image.resize((resize, resize)) for image in images]
     width, height = images[0].size

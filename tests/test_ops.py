@@ -275,6 +275,8 @@ def test_use_backend_sets_the_layers_below_or_nothing(no_kernels):
 def test_use_backend_refuses_operations_that_no_layer_has():
     with pytest.raises(TypeError, match="no operation softmax; there are attention, group_norm, geglu"):
         ops.use_backend(nn.Linear(1, 1), softmax="torch")
+    with pytest.raises(TypeError, match=r"takes a model, such as pipe\.unet, not a str"):
+        ops.use_backend("scenes", attention="torch")
 
 
 def small_unet():

@@ -362,6 +362,7 @@ def test_the_words_that_the_text_encoder_does_not_see_are_named(both):
         ({"prompt": PROMPT, "height": 20}, "multiples of 8, not 20 and 16"),
         ({"prompt": PROMPT, "width": 0}, "multiples of 8, not 16 and 0"),
         ({"prompt": PROMPT, "height": -8}, "multiples of 8, not -8 and 16"),
+        ({"prompt": PROMPT, "height": "16"}, "multiples of 8, not '16' and 16"),
         ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"prompt": PROMPT, "num_inference_steps": -3}, "num_inference_steps is -3"),
         ({"prompt": PROMPT, "output_type": "jpg"}, "output_type is 'jpg'"),

@@ -242,6 +242,8 @@ def test_other_things_that_are_no_scheduler_of_ours_are_refused(pipe):
         TypeError, match=r"a Mine of diffusers, .* write minidiff\.DDIMScheduler\.from_config"
     ):
         pipe.scheduler = mine
+    with pytest.raises(TypeError, match=r"is 'ddim'; pass an object, such as minidiff\.DDIMScheduler\.from"):
+        pipe.scheduler = "ddim"
     with pytest.raises(TypeError, match=r"is the class LMSDiscreteScheduler; .*from_config\(pipe\.scheduler"):
         pipe.scheduler = minidiff.LMSDiscreteScheduler
 

@@ -75,5 +75,10 @@ def test_a_grid_is_diffusers(resize):
     images = [picture(seed) for seed in range(6)]
     ours, theirs = (grid(images, 2, 3, resize) for grid in (make_image_grid, diffusers.utils.make_image_grid))
     assert same(ours, theirs)
-    with pytest.raises(ValueError, match="got 6 pictures for 2 rows of 2; pass 4"):
-        make_image_grid(images, 2, 2)
+    for rows, cols in ((2, 2), (-2, -3)):
+        with pytest.raises(ValueError, match=f"got 6 pictures for {rows} rows of {cols}; pass one for each"):
+            make_image_grid(images, rows, cols)
+    with pytest.raises(ValueError, match="got 0 pictures"):
+        make_image_grid([], 0, 0)
+    with pytest.raises(TypeError, match="PIL images, not a ndarray"):
+        make_image_grid([np.zeros((4, 4, 3), np.uint8)], 1, 1)

@@ -45,6 +45,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raises UsageError, which main prints."""
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message and not words.startswith("-"):
+            message += '; a text of several words needs quotes, like "a red cube"'
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
     def parse_known_args(self, args=None, namespace=None):

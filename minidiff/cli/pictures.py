@@ -17,7 +17,7 @@ def check_out(out: str | None, option: str = "--out", endings: tuple[str, ...] =
     """Raises ValueError, before any work is done, where no picture could be written to `out`."""
     folder = Path(out or ".") if _is_folder(out) else Path(out).parent
     if not folder.is_dir():
-        raise ValueError(f"{option} {out}: there is no folder {folder}")
+        raise ValueError(f"{option} {out}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {out}: nobody may write into the folder {folder}")
     if not _is_folder(out) and Path(out).suffix.lower() not in endings:

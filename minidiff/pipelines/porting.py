@@ -57,6 +57,9 @@ class OwnScheduler:
         if isinstance(scheduler, type):
             raise TypeError(f"scheduler is the class {scheduler.__name__}; make an object of it: "
                             f"{scheduler.__name__}.from_config(pipe.scheduler.config)")  # fmt: skip
+        if isinstance(scheduler, str):
+            raise TypeError(f"scheduler is {scheduler!r}; pass an object, such as "
+                            "minidiff.DDIMScheduler.from_config(pipe.scheduler.config)")  # fmt: skip
         theirs = [c for c in type(scheduler).__mro__ if c.__module__.split(".")[0] == "diffusers"]
         if any("step" in vars(c) for c in theirs):  # not where only a base without numbers is theirs
             names = [c.__name__ for c in theirs if c.__name__ in minidiff.__all__]

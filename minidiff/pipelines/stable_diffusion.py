@@ -290,8 +290,10 @@ class StableDiffusionPipeline(DiffusionPipeline, PortedDecoder):
         # diffusers takes the default for both sides where one of them is missing, and so ignores the other
         height, width = h * factor if height is None else height, w * factor if width is None else width
         multiple = math.lcm(8, factor)
-        if height % multiple or width % multiple or height < multiple or width < multiple:
-            raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
+        for side in (height, width):
+            if not isinstance(side, int | float | np.number) or side % multiple or side < multiple:
+                given = f"{height!r} and {width!r}"
+                raise ValueError(f"height and width must be multiples of {multiple}, not {given}")
         return int(height) // factor, int(width) // factor
 
     def _call_back(self, callback, names, step, text):
