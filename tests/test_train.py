@@ -117,6 +117,18 @@ def test_negative_minutes_are_refused(capsys):
     assert "greater than 0" in capsys.readouterr().err
 
 
+def test_scores_are_refused_before_anything_is_drawn(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["--out", str(tmp_path / "file")], "there is a file of that name"),
+        (["--seed", "-1"], "'-1' is not a whole number from 0"),
+        (["--guidance", "nan"], "'nan' is not a number from 0 on"),
+    ):
+        assert main(["score", *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err
+
+
 @pytest.mark.slow
 def test_all_stages_run_and_the_result_draws(tmp_path):
     def run(*words):

@@ -5,7 +5,7 @@ minidiff.train.score.
 import argparse
 from pathlib import Path
 
-from minidiff.cli.drawing import scheduler_name, scheduler_names
+from minidiff.cli.drawing import number, scheduler_name, scheduler_names, whole_number
 from minidiff.cli.train import positive
 from minidiff.config import write_json
 
@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--scorer", default="scenes-scorer", help="the classifier (%(default)s)")
     parser.add_argument("--prompts", type=positive(int), default=200, help="how many (%(default)s)")
     parser.add_argument("--steps", type=positive(int), default=25, help="(%(default)s)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="(%(default)s)")
+    parser.add_argument("--guidance", type=number, default=5.0, help="(%(default)s)")
     parser.add_argument(
         "--scheduler", default="unipc", type=scheduler_name, choices=scheduler_names(), help="(%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (%(default)s)")
+    seed = whole_number(0, 2**63)
+    parser.add_argument("--seed", type=seed, default=0, help="of prompts and pictures (%(default)s)")
     parser.add_argument("--out", help="a folder for the pictures, a contact sheet and scores.json")
 
 
@@ -38,6 +39,8 @@ def run(args):
     """Prints the shares of attributes that pictures got right, and the scorer's own accuracy on rendered
     pictures.
     """
+    if args.out and Path(args.out).is_file():
+        raise ValueError(f"--out {args.out}: there is a file of that name; the pictures need a folder")
     from minidiff.train.score import score_checkpoint, score_scorer
 
     own = score_scorer(args.scorer, args.prompts, args.seed)

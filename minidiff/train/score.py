@@ -44,7 +44,7 @@ def score_checkpoint(
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(prompts, seed)
     pictures = []
-    for start in tqdm(range(0, len(scenes), BATCH), desc="pictures", unit_scale=BATCH):
+    for start in tqdm(range(0, len(scenes), BATCH), desc="batches of pictures"):
         texts = [caption(scene) for scene in scenes[start : start + BATCH]]
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
         drawn = pipe(
