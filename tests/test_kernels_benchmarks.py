@@ -204,6 +204,15 @@ def test_without_lines_nothing_is_measured():
     assert set(verdicts().values()) == {("-", "not measured")}
 
 
+def test_a_verdict_needs_a_folder_with_lines(tmp_path, capsys):
+    for words, message in (([], "takes one folder"), ([str(tmp_path)], "has no kernels.jsonl or models")):
+        assert verdict.main(words) == 2
+        assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    (tmp_path / "models.jsonl").touch()
+    assert verdict.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (tmp_path / "verdict.md").read_text(encoding="utf-8") + "\n"
+
+
 def test_goals_are_held_against_made_up_lines():
     flash = (("SDPA flash", 0.18), ("SDPA math", 0.9), ("FlexAttention compiled", 0.01))
     norm = (("NCHW", 0.5), ("channels_last", 0.4), ("NCHW compiled", 0.1))

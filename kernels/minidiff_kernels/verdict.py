@@ -132,5 +132,18 @@ def write(folder: Path) -> str:
     return text
 
 
+def main(argv: list[str]) -> int:
+    """The command; returns its exit status: 2 where nothing was measured."""
+    if len(argv) != 1:
+        print("python -m minidiff_kernels.verdict takes one folder, that of a device", file=sys.stderr)
+        return 2
+    folder = Path(argv[0])
+    if not any((folder / f"{name}.jsonl").is_file() for name in ("kernels", "models")):
+        print(f"{folder} has no kernels.jsonl or models.jsonl, which the benchmarks write", file=sys.stderr)
+        return 2
+    print(write(folder))
+    return 0
+
+
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))
