@@ -237,7 +237,7 @@ def is_continuous(config):
 
 def random_options(name, draw, config):
     """What step takes beside the sample, without random numbers."""
-    if name == "DDIMScheduler":
+    if "use_clipped_model_output" in parameters(name, "step"):  # DDIM
         return {"eta": draw.choice([0.0, 0.0, 0.4, 1.0]), "use_clipped_model_output": draw.random() < 0.3}
     if name == "TCDScheduler":
         return {"eta": draw.choice([0.3, 0.0, 0.7, 1.0])}

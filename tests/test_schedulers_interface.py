@@ -21,6 +21,7 @@ from scheduler_lists import (
     parameters,
     ready,
     theirs_ready,
+    with_option,
 )
 
 import minidiff
@@ -54,7 +55,7 @@ def test_signatures_are_diffusers(name, method):
 def test_pipelines_see_which_schedulers_take_eta_and_a_generator():
     takes = {name: set(inspect.signature(ready(name).step).parameters) for name in NAMES}
     assert {n for n in NAMES if "generator" in takes[n]} == set(DRAWING)
-    assert {n for n in NAMES if "eta" in takes[n]} == {"DDIMScheduler", "TCDScheduler"}
+    assert {n for n in NAMES if "eta" in takes[n]} == set(with_option("eta", "step"))
 
 
 @pytest.mark.parametrize("name", NAMES)
