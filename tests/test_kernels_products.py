@@ -140,6 +140,16 @@ def test_the_gradients_pass_gradcheck(bias):
     assert torch.autograd.gradcheck(geglu, [x], fast_mode=True)
 
 
+def test_the_gradient_of_geglu_is_that_of_the_error_function():
+    inputs = [3 * tensor for tensor in linear((5, 4), 3)]  # gradcheck lets 1e-3 pass: GELU with tanh, too
+    value, gate = F.linear(*[tensor.requires_grad_() for tensor in inputs]).chunk(2, dim=-1)
+    formula = value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
+    expected = torch.autograd.grad(formula.sum(), inputs)
+    for y in (geglu_linear(*inputs), geglu(F.linear(*inputs))):
+        for ours, theirs in zip(torch.autograd.grad(y.sum(), inputs), expected, strict=True):
+            check(ours, theirs, torch.float64)
+
+
 def test_the_largest_blocks_that_fill_the_gpu_are_chosen():
     large, small = {"BLOCK_M": 128, "BLOCK_N": 256}, {"BLOCK_M": 64, "BLOCK_N": 64}
     assert choose([large, small], 8192, 1280, tiles=132) is large
