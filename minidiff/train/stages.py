@@ -24,7 +24,7 @@ from minidiff.train import autoencoder, pixels, scorer, text, text_to_image
 from minidiff.train.data import CHUNK, PICTURE_SIZE, rendered_pictures
 from minidiff.train.loop import Recipe, Trainer
 
-MINUTES = {"pictures": 10.0, "vae": 20.0, "text": 3.0, "unet": 150.0, "ddpm": 20.0, "scorer": 8.0}
+MINUTES = {"pictures": 10.0, "vae": 20.0, "text": 3.0, "unet": 150.0, "ddpm": 45.0, "scorer": 8.0}
 LOOK_EVERY = 300.0  # seconds between sample pictures
 
 
