@@ -178,8 +178,9 @@ class PickleFile:
             with torch.serialization.safe_globals(_BOOKKEEPING):
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._zipped)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{self.path} is damaged or holds more than tensors, and loading that can "
-                                  "run any program; ask its author for safetensors") from error  # fmt: skip
+            raise CheckpointError(f"{self.path} is damaged, no file of torch.save, or holds more than "
+                                  "tensors, and loading that can run any program; ask its author for "
+                                  "safetensors") from error  # fmt: skip
         except _DAMAGED as error:
             why = str(error).partition("\n")[0]
             why = "" if why.isdigit() else f" ({why})"  # a number is a byte of no pickle

@@ -137,7 +137,7 @@ def _local_folder(name_or_path):
     if folder.is_file():
         raise CheckpointError(
             f"{name} is a file; give the folder that holds the config and the weights, or load the file with "
-            "from_single_file"
+            "from_single_file, or make a folder of it with minidiff convert"
         )
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None

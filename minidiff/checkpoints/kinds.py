@@ -182,7 +182,8 @@ def recognise(shapes: dict, where, prediction_type: str | None = None) -> Kind:
     if sizes not in KINDS:
         raise CheckpointError(
             f"{where} holds a U-Net for texts of {sizes[0]} channels and latents of {sizes[1]}; "
-            "no such model is known. With config=, a folder in diffusers' layout, it can be described"
+            "no such model is known. With config= (convert: --config), a folder in diffusers' layout, it can "
+            "be described"
         )
     kind = KINDS[sizes]
     if kind is SD2_V and prediction_type == "epsilon":
