@@ -230,7 +230,7 @@ def test_a_pickle_that_holds_a_program_is_refused_and_not_run(net, tmp_path):
     ):
         Net.from_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"weight": Evil()}))
-    with pytest.raises(CheckpointError, match=r"model\.bin is damaged or"):
+    with pytest.raises(CheckpointError, match=r"model\.bin is damaged"):
         Net.from_pretrained(tmp_path)
 
 
