@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
 from minidiff import backends, optimization
-from minidiff.models.layers import Attention, Upsample2D
+from minidiff.models.layers import Attention, GroupNorm, Upsample2D
 from minidiff.models.unet import GEGLU
-from minidiff.optimization import layers, onednn, winograd
+from minidiff.optimization import layers, norms, onednn, winograd
 from minidiff.optimization.rewrite import rewrite_of
 
 normal = test_unet.normal
@@ -41,6 +41,12 @@ CASES = [(kind, option) for kind, table in TABLES.items() for option in table.OP
 CASES += [("clip", option) for option in CLIPS]
 CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 NAMES = {"unet": "UNet2DConditionModel", "ddpm": "UNet2DModel", "vae": "AutoencoderKL"}
+
+
+@pytest.fixture(autouse=True)
+def small_models_are_packed_too(monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST", 0)
+    monkeypatch.setattr(norms, "PIECE", 64)
 
 
 def pair(kind, option, dtype=torch.float32):
@@ -168,6 +174,38 @@ def on_a_gpu(layer):
     else:
         layers.KernelUpsample(layer, minidiff_kernels.upsample_conv, minidiff_kernels.fold).install()
     return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("piece", [64, 2**16])  # several walks, and copies
+@pytest.mark.parametrize("act_fn", [None, "silu", "mish"])
+@pytest.mark.parametrize("with_temb", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 4e-5), (torch.bfloat16, 0.08)], ids=str
+)
+def test_norms_of_channels_last_pictures_do_not_cancel(
+    monkeypatch, dtype, tolerance, with_temb, act_fn, piece
+):
+    monkeypatch.setattr(norms, "PIECE", piece)
+    torch.manual_seed(0)
+    plain = GroupNorm(4, 12, 1e-5, act_fn).double()
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    x = normal(2, 12, 19, 14) + (100 if dtype != torch.bfloat16 else 3)
+    temb = normal(2, 12) if with_temb else None
+    x, temb = (t if t is None else t.to(dtype) for t in (x, temb))
+    x = x.to(memory_format=torch.channels_last)
+    layer = minidiff.optimize(copy.deepcopy(plain).to(dtype))
+    weights = copy.deepcopy(layer).double()
+    expected = optimization.restore(weights).forward(
+        x.double().contiguous(), temb if temb is None else temb.double()
+    )
+    y = layer(x, temb)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, expected, atol=tolerance)
+    if dtype == torch.float32:
+        exact = F.group_norm(x.double(), 4)
+        assert (F.group_norm(x, 4) - exact).abs().max() > 10 * tolerance  # what is avoided
 
 
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -600,7 +638,7 @@ def test_a_step_packs_once_and_reorders_pictures_at_its_ends_only(option):
 
 @pytest.mark.parametrize("wrong", [None, nn.Identity(), minidiff.StableDiffusionPipeline, "unet"], ids=repr)
 def test_optimize_names_what_it_can_not_take(wrong):
-    with pytest.raises(TypeError, match="optimize takes a model with weights, or a pipeline, not"):
+    with pytest.raises(TypeError, match="expected a model with weights, or a pipeline, not a "):
         minidiff.optimize(wrong)
 
 

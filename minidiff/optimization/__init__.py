@@ -28,7 +28,7 @@ from minidiff.optimization.layers import (
     is_pointwise,
 )
 from minidiff.optimization.norms import ChannelsLastNorm
-from minidiff.optimization.rewrite import Rewrite, restore, rewrite_of
+from minidiff.optimization.rewrite import Rewrite, models_of, restore, rewrite_of
 from minidiff.optimization.steps import Step
 
 __all__ = ["compile_unet", "optimize", "restore"]
@@ -39,22 +39,21 @@ LAST = ("conv_out", "quant_conv")  # layers whose result leaves a model
 def optimize(model, winograd: bool = False):
     """Rewrites the layers of a model, or of all models of a pipeline, to do less work; returns it.
 
-    For inference: call it after `.to(device)` and after `use_backend`, and again after moving the model. What
-    it computes is the same but for rounding, what it needs is memory: packed, joined and folded weights are
-    kept beside the originals. The weights may be changed in place, moved or loaded anew; only changes through
-    `weight.data` or NumPy, which PyTorch does not count, need another call. Where gradients are wanted,
-    layers compute as before, as do those that hooks, adapters or autocast reach into. A U-Net works for one
-    thread at a time. On a CPU weights are packed for oneDNN, in float32 and, where the processor multiplies
-    it, bfloat16; pictures inside are channels_last. On a GPU the kernels of minidiff_kernels take over
-    products with their gates, and upsampling.
+    For inference with models of Stable Diffusion's size; one as small as `scenes` gains nothing. Call it
+    after `.to(device)` and after `use_backend`, and again after moving the model. What it computes is the
+    same but for rounding, what it needs is memory: packed, joined and folded weights are kept beside the
+    originals. The weights may be changed in place, moved or loaded anew; only changes through `weight.data`
+    or NumPy, which PyTorch does not count, need another call. Where gradients are wanted, layers compute as
+    before, as do those that hooks, adapters or autocast reach into. A U-Net works for one thread at a time.
+    On a CPU weights are packed for oneDNN, in float32 and, where the processor multiplies it, bfloat16;
+    pictures inside are channels_last. On a GPU the kernels of minidiff_kernels take over products with their
+    gates, and upsampling.
 
     winograd: 3 × 3 convolutions with many channels, in float32 on a CPU, by Winograd's F(2×2, 3×3), which
     takes 16/9 of their weights' memory. Undo all with `minidiff.optimization.restore(model)`.
     Raises TypeError for anything but a model, or a pipeline of models.
     """
-    models = [model] if isinstance(model, nn.Module) else getattr(model, "models", None)
-    if not isinstance(models, list) or not any(next(one.parameters(), None) is not None for one in models):
-        raise TypeError(f"optimize takes a model with weights, or a pipeline, not {model!r:.100}")
+    models = models_of(model)
     weights = [weight for one in models if (weight := next(one.parameters(), None)) is not None]
     for dtype in {weight.dtype for weight in weights if weight.device.type == "cpu"}:
         if not onednn.usable(dtype):
@@ -93,10 +92,10 @@ def compile_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _rewrite(model, step, with_winograd=False):
-    restore(model)
     weight = next(model.parameters(), None)
     if weight is None:
         return
+    restore(model)
     device = weight.device
     if isinstance(model, UNet2DConditionModel | UNet2DModel):
         step(model).install()

@@ -30,7 +30,7 @@ class Joined:
     def __call__(self, x):
         weights, biases = self.tensors[: len(self.linears)], self.tensors[len(self.linears) :]
         bias = self.bias(*biases)
-        if onednn.takes(x, *weights, *biases):
+        if onednn.pays(x, *weights) and onednn.takes(x, *weights, *biases):
             return onednn.linear(x, self.packed(*weights, more=(onednn.rows_of(x),)), bias)
         return F.linear(x, self.weight(*weights), bias)
 

@@ -35,9 +35,20 @@ def rewrite_of(layer: nn.Module) -> Rewrite | None:
     return forward if isinstance(forward, Rewrite) else None
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """Undoes all rewrites of the layers of model, whose memory is freed; returns model."""
-    for layer in model.modules():
+def models_of(model) -> list[nn.Module]:
+    """The models of a pipeline, or the model itself; TypeError for anything else, or without weights."""
+    models = [model] if isinstance(model, nn.Module) else getattr(model, "models", None)
+    if not isinstance(models, list) or not any(next(one.parameters(), None) is not None for one in models):
+        raise TypeError(f"expected a model with weights, or a pipeline, not a {type(model).__name__}")
+    return models
+
+
+def restore(model):
+    """Undoes all rewrites of the layers of a model or a pipeline, whose memory is freed; returns it.
+
+    On a GPU weights stay channels_last. Raises TypeError for anything else.
+    """
+    for layer in (layer for one in models_of(model) for layer in one.modules()):
         if rewrite_of(layer) is not None:
             del layer.forward
     return model
