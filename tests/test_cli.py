@@ -135,6 +135,7 @@ def test_out_may_be_a_folder_or_a_file_which_is_replaced(run, sd):
     assert generate(run, sd, "--seed", 1, "--out", "album/") == ["album/a-red-ball-seed1-2.png"]
     Path("mine.PNG").write_text("old")
     assert generate(run, sd, "--seed", 1, "--out", "mine.PNG") == ["mine.PNG"]
+    assert generate(run, sd, "--seed", 1, "--out", "new/") == ["new/a-red-ball-seed1.png"]
     assert Image.open("mine.PNG").size == (16, 16)
 
 
@@ -273,6 +274,7 @@ def test_info_names_a_broken_file(run, sd, tmp_path):
         (["generate", PROMPT, "--checkpoint", "nowhere"], "there is no checkpoint 'nowhere'"),
         (["generate", PROMPT, "--out", "x.jpg"], "end it in .png"),
         (["generate", PROMPT, "--out", "no/x.png"], "there is no folder no; make it first"),
+        (["generate", PROMPT, "--out", "no/new/"], "there is no folder no; make it first"),
         (["generate", "--like", "absent.png"], "absent.png: No such file or directory"),
         (["info", "nowhere"], "there is no checkpoint 'nowhere'"),
         (["info"], "the following arguments are required: CHECKPOINT"),

@@ -120,6 +120,7 @@ def test_without_matplotlib_one_line_says_what_to_do(run, few, monkeypatch):
         ("plot.jpg", "--plot plot.jpg: .*end it in .png"),
         ("nowhere/plot.png", "--plot nowhere/plot.png: there is no folder nowhere"),
         (".", "--plot .: this is a folder; give the plot a name that ends in .png"),
+        ("new/", "--plot new/: this is a folder; give the plot a name that ends in .png"),
     ],
 )
 def test_a_plot_that_could_not_be_written_is_refused_before_anything_is_measured(

@@ -14,8 +14,13 @@ DESCRIPTION = 0x010E  # EXIF's ImageDescription
 
 
 def check_out(out: str | None, option: str = "--out", endings: tuple[str, ...] = (".png",)):
-    """Raises ValueError, before any work is done, where no picture could be written to `out`."""
+    """Raises ValueError, before any work is done, where no picture could be written to `out`.
+
+    A folder, named with a / at its end, need not be there: it is made with the first picture.
+    """
     folder = Path(out or ".") if _is_folder(out) else Path(out).parent
+    if _is_folder(out) and not folder.exists():
+        folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{option} {out}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
@@ -51,6 +56,7 @@ def write_picture(image, path: Path, settings: dict[str, object]):
     chunks = PngInfo()
     for name, value in (settings | versions()).items():
         chunks.add_itxt(name, str(value))  # iTXt, because a prompt may be in any script
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
@@ -61,6 +67,7 @@ def write_animation(images, path: Path, settings: dict[str, object], millisecond
     packed = json.dumps(texts)  # in ASCII, as both formats want it
     options = {"save_all": True, "append_images": images[1:], "loop": 0}
     options["duration"] = max(milliseconds, SHORTEST)
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         if path.suffix.lower() == ".gif":
             images[0].save(temporary, format="GIF", comment=packed.encode(), **options)

@@ -33,7 +33,7 @@ def run(args):
     """Prints the table, or all that was measured, and draws the plot."""
     if args.plot is not None:
         check_out(args.plot, "--plot")
-        if Path(args.plot).is_dir():
+        if args.plot.endswith("/") or Path(args.plot).is_dir():
             raise ValueError(f"--plot {args.plot}: this is a folder; give the plot a name that ends in .png")
         plot.check_matplotlib()
     curves = [convergence.curve(sampler) for sampler in SAMPLERS]
