@@ -543,6 +543,7 @@ def test_forged_tokenizers(copy, kind, file, seeds):
             assert len(ids) == 9 and all(0 <= i < len(tokenizer) for i in ids)
 
 
+@pytest.mark.slow
 def test_json_of_many_values_costs_little(copy):
     folder = copy("safetensors")
     bombs = [

@@ -100,6 +100,7 @@ def test_the_settings_are_in_the_sheet_and_like_takes_them(run, sd, drawn):
             assert np.array_equal(np.array(before.image), np.array(after.image))
 
 
+@pytest.mark.slow
 def test_all_schedulers_that_suit_are_compared_if_none_are_named(run, sd, drawn):
     status, _, err = run("compare", PROMPT, "--checkpoint", sd, "--steps", "8")
     assert (status, err) == (0, [])

@@ -72,12 +72,14 @@ def test_the_plot_is_a_picture_and_its_name_is_printed(run, few, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
 
 
+@pytest.mark.slow
 def test_json_stays_json_beside_a_plot(run, few, tmp_path):
     pytest.importorskip("matplotlib")
     _, out, _ = run("--plot", "plot.png", "--json")
     assert len(json.loads(out)) == len(FEW) and (tmp_path / "plot.png").exists()
 
 
+@pytest.mark.slow
 def test_every_sampler_is_named_in_the_plot_once_and_no_two_labels_overlap():
     FigureCanvasAgg = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
     Text = pytest.importorskip("matplotlib.text").Text

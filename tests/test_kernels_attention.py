@@ -251,7 +251,7 @@ def test_without_keys_the_result_is_zero():
     assert_close(out, torch.zeros(2, 2, 3, 8))
 
 
-@pytest.mark.parametrize("keys", [5, 130])
+@pytest.mark.parametrize("keys", [5, pytest.param(130, marks=pytest.mark.slow)])
 def test_gradients_are_right(keys):
     q, k, v = (x.requires_grad_() for x in qkv((1, 2, 3, keys, 4)))
     bias = torch.randn(2, 3, 1, dtype=torch.float64, requires_grad=True)

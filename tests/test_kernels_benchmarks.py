@@ -291,6 +291,7 @@ def test_the_dry_run_needs_the_interpreter_and_a_case(capsys):
     assert "--dry-run goes with TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_of_each_case(capsys):
     assert benchmarks.main(["--dry-run", "--cases", "attn/cross77/d40/l4096/*", "groupnorm/c320/*"]) == 0
     out = capsys.readouterr().out

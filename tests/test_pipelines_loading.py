@@ -63,6 +63,7 @@ def test_a_saved_pipeline_comes_back_the_same(pipe, tmp_path):
     assert dict(again.scheduler.config) == dict(pipe.scheduler.config)
 
 
+@pytest.mark.slow
 def test_variants_and_shards_travel_between_the_libraries(folder, tmp_path):
     options = {"safe_serialization": True, "variant": "fp16", "max_shard_size": "20KB"}
     for saver, pipe in zip(("ours", "theirs"), load_both("StableDiffusionPipeline", folder), strict=True):

@@ -55,7 +55,9 @@ def latents_made_larger(lib, folder):
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     images = pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[True] * len(image))
     assert pipe.safety_checker is None
-    return np.asarray(images[0]) / 255
+    floats = (image / 2 + 0.5).clamp(0, 1)  # what is compared: levels may fall to either side of a half
+    assert_close(np.asarray(images[0]) / 255, floats[0].permute(1, 2, 0), atol=0.501 / 255)
+    return floats
 
 
 def picture_through_the_autoencoder(lib, folder):
@@ -138,12 +140,9 @@ def own_pipeline(lib, folder):
     return np.asarray(mine(3, generator())) / 255
 
 
-SCRIPTS = [
-    latents_made_larger,
-    picture_through_the_autoencoder,
-    blurred_mask,
-    guidance_that_ends,
-    large_picture,
+SCRIPTS = [picture_through_the_autoencoder, guidance_that_ends]
+SCRIPTS += [
+    pytest.param(one, marks=pytest.mark.slow) for one in (latents_made_larger, blurred_mask, large_picture)
 ]
 
 
@@ -157,7 +156,7 @@ def test_a_script_makes_the_same_picture_in_both_libraries(script, folder):
 def test_a_pipeline_of_ones_own_makes_the_same_picture_in_both_libraries(tmp_path):
     write_ddpm(tmp_path / "ddpm", sample_size=8)
     ours, theirs = (own_pipeline(lib, tmp_path) for lib in (minidiff, diffusers))
-    assert_close(ours, theirs, atol=1e-5)
+    assert_close(ours, theirs, atol=1.001 / 255)  # whole levels, which may fall to either side of a half
 
 
 def test_tiles_and_slices_are_turned_on_and_off_by_the_pipeline(pipe):

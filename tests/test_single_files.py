@@ -201,6 +201,7 @@ def test_a_single_file_draws_what_diffusers_draws_from_it(write, kind):
     assert images[0].shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_class_is_picked_from_the_file(write):
     sd1, sd1_folder = write("sd1")
     xl, xl_folder = write("sdxl")
@@ -228,6 +229,7 @@ def test_a_file_in_full_size_needs_no_config(tmp_path):
     assert pipe.unet.config.sample_size == 64 and pipe.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_torch_dtype_is_that_of_all_models(write):
     path, folder = write(changed=lambda tensors: tensors.update({n: half(t) for n, t in tensors.items()}))
     for dtype, expected in ((None, torch.float32), ("auto", torch.float16), (torch.bfloat16, torch.bfloat16)):

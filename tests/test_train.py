@@ -78,6 +78,7 @@ def test_pictures_do_not_depend_on_how_they_were_rendered(tmp_path, monkeypatch)
     assert np.array_equal(pictures[3], data.render(data.training_scene(3), 16))
 
 
+@pytest.mark.slow
 def test_training_ids_are_the_tokenizer_s(tmp_path):
     vocabulary = text.write_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)

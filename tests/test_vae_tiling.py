@@ -53,6 +53,7 @@ def assert_both_ways_equal(both, size):
         assert_close(ours(x).sample, theirs(x).sample, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_equal_diffusers(both, size, tiling):
