@@ -28,16 +28,14 @@ class ChannelsLastNorm(Rewrite):
             or makes_gradients(*tensors)
         ):
             return self.plain(x, temb)
-        given = x, layer.num_groups, layer.weight, layer.bias, layer.eps
-        if x.dtype == torch.bfloat16:  # PyTorch's sums, which are float32, are finer than these numbers
-            y = ops.group_norm(*given, temb=temb)
-            y = F.silu(y, inplace=True) if layer.silu else y
-        elif x.numel() <= PIECE:  # copies take less time than the walks' many small steps
-            y = ops.group_norm(x.contiguous(), *given[1:], temb=temb)
+        given = layer.num_groups, layer.weight, layer.bias, layer.eps
+        narrow = x.dtype == torch.bfloat16  # PyTorch's sums, which are float32, are finer than these numbers
+        if narrow or x.numel() <= PIECE:  # copies take less time than the walks' many small steps
+            y = ops.group_norm(x if narrow else x.contiguous(), *given, temb=temb)
             y = F.silu(y, inplace=True) if layer.silu else y
             y = y.contiguous(memory_format=torch.channels_last)
         else:
-            y = group_norm(*given, layer.silu, temb)
+            y = group_norm(x, *given, layer.silu, temb)
         return y if layer.act is None else layer.act(y)
 
 
